@@ -1,0 +1,87 @@
+"""Drop-in replacements of torch.nn.BatchNorm1d, 2d and 3d: state, nothing else."""
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from .functional import batch_norm
+
+__all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d"]
+
+
+class _FusedBatchNorm(nn.modules.batchnorm._BatchNorm):
+    """What the three classes share.
+
+    Every check on the input stands in the operator, before anything is touched, and forward does not look at the
+    input: a symbolic trace records one call.
+    """
+
+    _ndims: ClassVar[tuple[int, ...]]
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        bias: bool = True,
+        unbiased_running_var: bool = True,
+    ) -> None:
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype)
+        if not bias:
+            self.register_parameter("bias", None)
+        self.unbiased_running_var = unbiased_running_var
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        state.setdefault("unbiased_running_var", True)  # a pickle of torch's class
+        super().__setstate__(state)
+
+    def extra_repr(self) -> str:
+        """Torch's line, and the convention of the running variance where it is not torch's."""
+        return super().extra_repr() + ("" if self.unbiased_running_var else ", unbiased_running_var=False")
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Normalises input (N, C, ...); see :func:`bnext.functional.batch_norm`."""
+        training = self.training
+        tracking = training and self.track_running_stats
+        running_mean, running_var = self.running_mean, self.running_var
+        return batch_norm(
+            input,
+            running_mean if tracking or not training else None,
+            running_var if tracking or not training else None,
+            self.weight,
+            self.bias,
+            training or (running_mean is None and running_var is None),
+            self.momentum,
+            self.eps,
+            unbiased_running_var=self.unbiased_running_var,
+            num_batches_tracked=self.num_batches_tracked if tracking else None,
+            _ndims=self._ndims,
+        )
+
+
+class BatchNorm1d(_FusedBatchNorm, nn.BatchNorm1d):
+    """Batch normalization of (N, C) or (N, C, L) input.
+
+    :class:`torch.nn.BatchNorm1d` with the same arguments, state and errors, and the keyword ``unbiased_running_var``
+    (False: the running variance takes the biased batch variance, as Flax and Keras do).
+    """
+
+    _ndims = (2, 3)
+
+
+class BatchNorm2d(_FusedBatchNorm, nn.BatchNorm2d):
+    """Batch normalization of (N, C, H, W) input, contiguous or channels_last; see :class:`BatchNorm1d`."""
+
+    _ndims = (4,)
+
+
+class BatchNorm3d(_FusedBatchNorm, nn.BatchNorm3d):
+    """Batch normalization of (N, C, D, H, W) input, contiguous or channels_last_3d; see :class:`BatchNorm1d`."""
+
+    _ndims = (5,)

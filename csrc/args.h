@@ -1,0 +1,60 @@
+// One call in plain data: what a device engine gets instead of tensors. All pointers are dense and belong to
+// the device the engine runs on; null means absent.
+#pragma once
+
+#include <cstdint>
+
+#include "storage.h"
+
+namespace bnext {
+
+// The tensor in memory order: `channels` lies between `outer` and `inner`; inner == 1 is the channels-last
+// family.
+struct Extent {
+  int64_t outer = 0;
+  int64_t channels = 0;
+  int64_t inner = 0;
+
+  constexpr int64_t count() const { return outer * inner; }  // elements per channel
+  constexpr int64_t numel() const { return outer * channels * inner; }
+};
+
+// A per-channel vector in its storage type.
+struct ChannelVector {
+  void* data = nullptr;
+  Dtype dtype = Dtype::float32;
+
+  explicit operator bool() const { return data != nullptr; }
+};
+
+struct ForwardArgs {
+  Extent extent;
+  Dtype dtype = Dtype::float32;
+  const void* x = nullptr;
+  void* y = nullptr;
+  ChannelVector weight, bias, running_mean, running_var;
+  int64_t* num_batches_tracked = nullptr;
+  double* mean = nullptr;    // out: statistics the output was normalised with
+  double* invstd = nullptr;  // out
+  double eps = 0;
+  double momentum = 0;      // weight of the new value
+  bool cumulative = false;  // momentum = 1 / num_batches_tracked instead
+  bool batch_statistics = false;
+  bool unbiased_running_var = true;
+};
+
+struct BackwardArgs {
+  Extent extent;
+  Dtype dtype = Dtype::float32;
+  const void* x = nullptr;
+  const void* dy = nullptr;
+  void* dx = nullptr;
+  ChannelVector weight;
+  const double* mean = nullptr;
+  const double* invstd = nullptr;
+  void* dweight = nullptr;  // opmath of dtype
+  void* dbias = nullptr;    // opmath of dtype
+  bool batch_statistics = false;
+};
+
+}  // namespace bnext

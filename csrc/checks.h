@@ -1,0 +1,137 @@
+// Every requirement on the tensors of a call, in words: argument, expected, got. The same functions serve the
+// kernels and the meta implementations, so sizes are symbolic. All of them run before anything is written.
+//
+// Types and texts that torch.nn.functional.batch_norm also has are torch's own: programs match on them.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <c10/core/SymInt.h>
+
+#include <charconv>
+#include <optional>
+#include <string>
+
+namespace bnext {
+
+// A float as Python prints it.
+inline std::string python_repr(double value) {
+  char buffer[32];
+  const auto end = std::to_chars(buffer, buffer + sizeof buffer, value).ptr;
+  std::string text(buffer, end);
+  if (text.find_first_not_of("-0123456789") == std::string::npos) text += ".0";
+  return text;
+}
+
+inline std::string size_text(const at::Tensor& t) {
+  std::string text = "torch.Size([";
+  for (int64_t d = 0; d < t.dim(); ++d) text += (d ? ", " : "") + c10::str(t.sym_size(d));
+  return text + "])";
+}
+
+inline bool is_16_bit(at::ScalarType dtype) { return dtype == at::kHalf || dtype == at::kBFloat16; }
+
+inline void require_input(const at::Tensor& x, at::IntArrayRef ndims) {
+  const int64_t ndim = x.dim();
+  if (!ndims.empty()) {
+    bool allowed = false;
+    std::string names;
+    for (const int64_t n : ndims) {
+      allowed |= n == ndim;
+      names += (names.empty() ? "" : " or ") + std::to_string(n) + "D";
+    }
+    TORCH_CHECK_VALUE(allowed, "expected ", names, " input (got ", ndim, "D input)");
+  }
+  TORCH_CHECK_VALUE(ndim >= 2, "expected at least 2D input (got ", ndim, "D input)");
+  const auto dtype = x.scalar_type();
+  TORCH_CHECK_NOT_IMPLEMENTED(dtype == at::kFloat || dtype == at::kDouble || is_16_bit(dtype),
+                              "\"batch_norm\" not implemented for '", c10::toString(dtype),
+                              "': expected input of dtype float32, float64, bfloat16 or float16");
+  TORCH_CHECK_VALUE(x.sym_size(1) != 0, "expected input with at least one channel, but got input size ",
+                    size_text(x));
+}
+
+inline void require_enough_values(const at::Tensor& x) {
+  c10::SymInt count = x.sym_size(0);
+  for (int64_t d = 2; d < x.dim(); ++d) count = count * x.sym_size(d);
+  TORCH_CHECK_VALUE(count != 1, "Expected more than 1 value per channel when training, got input size ",
+                    size_text(x));
+}
+
+inline void require_eps(double eps, bool training) {
+  TORCH_CHECK_VALUE(!training || eps > 0, "batch_norm eps must be positive during training, but got ",
+                    python_repr(eps));
+  TORCH_CHECK_VALUE(eps >= 0, "batch_norm eps must be non-negative, but got ", python_repr(eps));
+}
+
+inline void require_same_device(const char* name, const at::Tensor& t, const at::Tensor& x) {
+  TORCH_CHECK(t.device() == x.device(), "expected ", name, " on the input's device ", x.device(),
+              ", but got ", t.device());
+}
+
+// One element per channel, on the input's device, strided.
+inline void require_channel_vector(const char* name, const std::optional<at::Tensor>& v,
+                                   const at::Tensor& x) {
+  if (!v.has_value() || !v->defined()) return;
+  TORCH_CHECK(v->sym_numel() == x.sym_size(1), name, " should contain ", x.sym_size(1), " elements not ",
+              v->sym_numel());
+  require_same_device(name, *v, x);
+  TORCH_CHECK(v->layout() == at::kStrided, "expected ", name, " to be a strided tensor, but got ",
+              v->layout());
+}
+
+// The input's dtype, or float32 beside a 16-bit input; the same for all.
+struct ParameterDtype {
+  const at::Tensor& x;
+  const char* first_name = nullptr;
+  at::ScalarType dtype = at::ScalarType::Undefined;
+
+  void require(const char* name, const std::optional<at::Tensor>& v) {
+    if (!v.has_value() || !v->defined()) return;
+    const auto got = v->scalar_type();
+    const auto own = x.scalar_type();
+    TORCH_CHECK(got == own || (got == at::kFloat && is_16_bit(own)), "expected ", name, " to have dtype ",
+                c10::toString(own), is_16_bit(own) ? " or Float" : "", " beside an input of dtype ",
+                c10::toString(own), ", but got ", c10::toString(got));
+    if (first_name == nullptr) {
+      first_name = name;
+      dtype = got;
+    }
+    TORCH_CHECK(got == dtype, "expected ", name, " to have the dtype of ", first_name, ", ",
+                c10::toString(dtype), ", but got ", c10::toString(got));
+  }
+};
+
+inline bool present(const std::optional<at::Tensor>& t) { return t.has_value() && t->defined(); }
+
+inline void require_running_pair(const std::optional<at::Tensor>& mean, const std::optional<at::Tensor>& var,
+                                 bool training) {
+  TORCH_CHECK_VALUE(present(mean) == present(var),
+                    "running_mean and running_var must either both be None or neither be None");
+  TORCH_CHECK(training || present(mean), "running_mean must be defined in evaluation mode");
+}
+
+inline void require_counter(const std::optional<at::Tensor>& counter, const at::Tensor& x) {
+  if (!present(counter)) return;
+  TORCH_CHECK(counter->scalar_type() == at::kLong && counter->sym_numel() == 1,
+              "expected num_batches_tracked to be a single int64, but got ", counter->sym_numel(),
+              " elements of ", c10::toString(counter->scalar_type()));
+  require_same_device("num_batches_tracked", *counter, x);
+}
+
+inline void require_gradient(const at::Tensor& dy, const at::Tensor& x) {
+  TORCH_CHECK(dy.sym_sizes() == x.sym_sizes(), "expected dy of the input's size ", size_text(x), ", but got ",
+              size_text(dy));
+  TORCH_CHECK(dy.scalar_type() == x.scalar_type(), "expected dy of the input's dtype ",
+              c10::toString(x.scalar_type()), ", but got ", c10::toString(dy.scalar_type()));
+  require_same_device("dy", dy, x);
+}
+
+inline void require_statistics(const at::Tensor& stats, const at::Tensor& x) {
+  TORCH_CHECK(stats.dim() == 2 && stats.sym_size(0) == 2 && stats.sym_size(1) == x.sym_size(1),
+              "expected stats of size torch.Size([2, ", x.sym_size(1), "]), but got ", size_text(stats));
+  TORCH_CHECK(stats.scalar_type() == at::kDouble, "expected stats of dtype Double, but got ",
+              c10::toString(stats.scalar_type()));
+  require_same_device("stats", stats, x);
+}
+
+}  // namespace bnext

@@ -1,0 +1,214 @@
+// The two traversals of a tile, remainders included, for any reducer and any map.
+//
+// Included once per instruction set (see vector.h). planes: for each outer index, for each channel, one
+// contiguous run; reducers keep sixteen lanes of double sums per channel. rows: a matrix of rows whose
+// columns are (outer fold, channel, inner) elements; reducers keep a double sum per column. Maps walk from
+// the end to the beginning: what the reduce read last is still in cache.
+
+constexpr int64_t kFlush = 32;     // vector steps a sum may stay in SumMath before it is added to a double
+constexpr int64_t kRowBlock = 16;  // rows a reducer walks together: at most kFlush; as many read streams
+constexpr int64_t kRowGroup = 4;   // rows a map walks together: coefficients are loaded once for them
+
+template <class A>
+BNEXT_INLINE Lanes<double> as_double(const Lanes<A>& v) {
+  if constexpr (sizeof(A) == sizeof(double)) {
+    return v;
+  } else {
+    alignas(64) A buffer[kLanes];
+    store(buffer, v);
+    return load<double>(buffer);
+  }
+}
+
+template <class A>
+BNEXT_INLINE void add_to(double* first, double* second, const LaneSums<A>& sums) {
+  store(first, load<double>(first) + as_double(sums.first));
+  store(second, load<double>(second) + as_double(sums.second));
+}
+
+// ---- planes ----
+
+// f(channel, offset of the run, its length), outer indices ascending or descending.
+template <bool Descending, class F>
+BNEXT_INLINE void for_each_run(const Extent& e, const Tile& tile, F f) {
+  if (tile.begin >= tile.end) return;
+  const int64_t first = tile.begin / e.inner, last = (tile.end - 1) / e.inner;
+  for (int64_t step = 0; step <= last - first; ++step) {
+    const int64_t outer = Descending ? last - step : first + step;
+    const int64_t from = outer == first ? tile.begin - first * e.inner : 0;
+    const int64_t to = outer == last ? tile.end - last * e.inner : e.inner;
+    for (int64_t k = 0; k < tile.channels(); ++k) {
+      const int64_t channel = Descending ? tile.channel_end - 1 - k : tile.channel_begin + k;
+      f(channel, (outer * e.channels + channel) * e.inner + from, to - from);
+    }
+  }
+}
+
+template <class Reducer>
+void reduce_planes(const Operands& operands, const Geometry& geometry, const Tile& tile, void* scratch,
+                   Sums* sums) {
+  using Math = typename Reducer::Math;
+  const Reducer reducer(operands);
+  const Extent e = geometry.extent;
+  const int64_t numel = e.numel();
+  double* lanes = static_cast<double*>(scratch);  // [channel][2][kLanes]
+  for (int64_t k = 0; k < tile.channels() * 2 * kLanes; ++k) lanes[k] = 0;
+
+  for_each_run<false>(
+      e, tile, [&](int64_t channel, int64_t offset, int64_t length) __attribute__((always_inline)) {
+        double* first = lanes + (channel - tile.channel_begin) * 2 * kLanes;
+        const Lanes<Math> center = splat(static_cast<Math>(operands.center[channel]));
+        int64_t i = 0;
+        while (i < length) {
+          LaneSums<Math> local{};
+          const int64_t vectors = (length - i) / kLanes;
+          const int64_t stop = i + (vectors < kFlush - 1 ? vectors : kFlush - 1) * kLanes;
+          for (; i < stop; i += kLanes) reducer.step(local, offset + i, center, Full{});
+          if (length - i < kLanes) {
+            if (i < length)
+              reducer.step(local, offset + i, center, First{length - i, offset + i + kLanes <= numel});
+            i = length;
+          }
+          add_to(first, first + kLanes, local);
+        }
+      });
+
+  for (int64_t k = 0; k < tile.channels(); ++k) {
+    const double* first = lanes + k * 2 * kLanes;
+    Sums total;
+    for (int lane = 0; lane < kLanes; ++lane) total += Sums{first[lane], first[kLanes + lane]};
+    sums[k] += total;
+  }
+}
+
+template <class Map>
+void map_planes(const Operands& operands, const Geometry& geometry, const Tile& tile, void*, Sums*) {
+  using Math = typename Map::Math;
+  const Map map(operands);
+  const Extent e = geometry.extent;
+  const int64_t numel = e.numel();
+  for_each_run<true>(e, tile,
+                     [&](int64_t channel, int64_t offset, int64_t length) __attribute__((always_inline)) {
+                       Lanes<Math> c[Map::kCoefficients];
+                       for (int k = 0; k < Map::kCoefficients; ++k) {
+                         c[k] = splat(static_cast<const Math*>(operands.coefficients[k])[channel]);
+                       }
+                       int64_t i = 0;
+                       for (; i + kLanes <= length; i += kLanes) map.step(offset + i, c, Full{});
+                       if (i < length)
+                         map.step(offset + i, c, First{length - i, offset + i + kLanes <= numel});
+                     });
+}
+
+// ---- rows ----
+
+// The columns of a tile. A folded row holds all channels, fold times over; otherwise columns are whole
+// channels.
+struct Columns {
+  const Extent& e;
+  const Tile& tile;
+  int64_t begin, count, row_length;
+
+  Columns(const Geometry& geometry, const Tile& t)
+      : e(geometry.extent),
+        tile(t),
+        begin(geometry.fold > 1 ? 0 : t.channel_begin * e.inner),
+        count(geometry.fold > 1 ? geometry.row_length() : t.channels() * e.inner),
+        row_length(geometry.row_length()) {}
+
+  // f(column within the tile, channel), columns ascending.
+  template <class F>
+  BNEXT_INLINE void for_each(F f) const {
+    for (int64_t column = 0; column < count;) {
+      for (int64_t channel = tile.channel_begin; channel < tile.channel_end; ++channel) {
+        for (int64_t i = 0; i < e.inner; ++i) f(column++, channel);
+      }
+    }
+  }
+};
+
+constexpr int64_t padded(int64_t columns) { return (columns + kLanes - 1) / kLanes * kLanes; }
+
+template <class Reducer>
+void reduce_rows(const Operands& operands, const Geometry& geometry, const Tile& tile, void* scratch,
+                 Sums* sums) {
+  using Math = typename Reducer::Math;
+  const Reducer reducer(operands);
+  const Columns columns(geometry, tile);
+  const int64_t numel = geometry.extent.numel(), stride = padded(columns.count);
+  double* first = static_cast<double*>(scratch);
+  double* second = first + stride;
+  Math* center = reinterpret_cast<Math*>(second + stride);
+  for (int64_t j = 0; j < 2 * stride; ++j) first[j] = 0;
+  for (int64_t j = columns.count; j < stride; ++j) center[j] = 0;
+  columns.for_each([&](int64_t column, int64_t channel) __attribute__((always_inline)) {
+    center[column] = static_cast<Math>(operands.center[channel]);
+  });
+
+  // Rows [from, to) of `width` columns. Lanes past the last column go into padding that nobody reads.
+  auto block = [&](int64_t from, int64_t to, int64_t width) __attribute__((always_inline)) {
+    for (int64_t j = 0; j < width; j += kLanes) {
+      const Lanes<Math> c = load<Math>(center + j);
+      LaneSums<Math> local{};
+      const int64_t left = width - j;
+      int64_t offset = from * columns.row_length + columns.begin + j;
+      if (left >= kLanes) {
+        for (int64_t r = from; r < to; ++r, offset += columns.row_length)
+          reducer.step(local, offset, c, Full{});
+      } else {
+        for (int64_t r = from; r < to; ++r, offset += columns.row_length) {
+          reducer.step(local, offset, c, First{left, offset + kLanes <= numel});
+        }
+      }
+      add_to(first + j, second + j, local);
+    }
+  };
+  const int64_t whole_rows = numel / columns.row_length;
+  const int64_t end = tile.end < whole_rows ? tile.end : whole_rows;
+  for (int64_t r = tile.begin; r < end; r += kRowBlock)
+    block(r, r + kRowBlock < end ? r + kRowBlock : end, columns.count);
+  if (tile.end > whole_rows) block(whole_rows, whole_rows + 1, numel - whole_rows * columns.row_length);
+
+  columns.for_each([&](int64_t column, int64_t channel) __attribute__((always_inline)) {
+    sums[channel - tile.channel_begin] += Sums{first[column], second[column]};
+  });
+}
+
+template <class Map>
+void map_rows(const Operands& operands, const Geometry& geometry, const Tile& tile, void* scratch, Sums*) {
+  using Math = typename Map::Math;
+  constexpr int kCount = Map::kCoefficients;
+  const Map map(operands);
+  const Columns columns(geometry, tile);
+  const int64_t numel = geometry.extent.numel(), stride = padded(columns.count);
+  Math* expanded = static_cast<Math*>(scratch);  // [coefficient][column]
+  for (int k = 0; k < kCount; ++k) {
+    const Math* source = static_cast<const Math*>(operands.coefficients[k]);
+    Math* row = expanded + k * stride;
+    for (int64_t j = columns.count; j < stride; ++j) row[j] = 0;
+    columns.for_each([&](int64_t column, int64_t channel)
+                         __attribute__((always_inline)) { row[column] = source[channel]; });
+  }
+
+  auto block = [&](int64_t from, int64_t to, int64_t width) __attribute__((always_inline)) {
+    for (int64_t j = 0; j < width; j += kLanes) {
+      Lanes<Math> c[kCount];
+      for (int k = 0; k < kCount; ++k) c[k] = load<Math>(expanded + k * stride + j);
+      const int64_t left = width - j;
+      int64_t offset = from * columns.row_length + columns.begin + j;
+      if (left >= kLanes) {
+        for (int64_t r = from; r < to; ++r, offset += columns.row_length) map.step(offset, c, Full{});
+      } else {
+        for (int64_t r = from; r < to; ++r, offset += columns.row_length) {
+          map.step(offset, c, First{left, offset + kLanes <= numel});
+        }
+      }
+    }
+  };
+  const int64_t whole_rows = numel / columns.row_length;
+  const int64_t end = tile.end < whole_rows ? tile.end : whole_rows;
+  if (tile.end > whole_rows) block(whole_rows, whole_rows + 1, numel - whole_rows * columns.row_length);
+  for (int64_t r = end; r > tile.begin; r -= kRowGroup) {
+    block(r - kRowGroup > tile.begin ? r - kRowGroup : tile.begin, r, columns.count);
+  }
+}

@@ -1,0 +1,85 @@
+// What this machine is: its caches and the best compiled instruction set it supports.
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <fstream>
+#include <stdexcept>
+#include <string>
+
+#include "cpu/launch.h"
+#include "cpu/tiles.h"
+
+namespace bnext::cpu {
+
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+namespace v4 {
+TileFunction find(Phase, Dtype, Traversal, bool);
+}
+namespace v3 {
+TileFunction find(Phase, Dtype, Traversal, bool);
+}
+#endif
+namespace baseline {
+TileFunction find(Phase, Dtype, Traversal, bool);
+}
+
+const InstructionSet kInstructionSets[] = {
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+    {"x86-64-v4", [] { return __builtin_cpu_supports("x86-64-v4") != 0; }, v4::find},
+    {"x86-64-v3", [] { return __builtin_cpu_supports("x86-64-v3") != 0; }, v3::find},
+#endif
+#if defined(__x86_64__)
+    {"x86-64", [] { return true; }, baseline::find},
+#else
+    {"generic", [] { return true; }, baseline::find},
+#endif
+};
+const int kInstructionSetCount = sizeof kInstructionSets / sizeof kInstructionSets[0];
+
+const InstructionSet& instruction_set() {
+  static const InstructionSet& chosen = []() -> const InstructionSet& {
+    const char* wanted = std::getenv("BNEXT_INSTRUCTION_SET");
+    std::string supported;
+    for (const InstructionSet& set : kInstructionSets) {
+      if (!set.supported()) continue;
+      if (wanted == nullptr || std::strcmp(wanted, set.name) == 0) return set;
+      supported += (supported.empty() ? "" : ", ") + std::string(set.name);
+    }
+    throw std::runtime_error("BNEXT_INSTRUCTION_SET: expected one of " + supported + ", but got " + wanted);
+  }();
+  return chosen;
+}
+
+namespace {
+
+// Bytes of processor 0's data or unified cache, 0 where the system does not say. The C library's
+// sysconf is no help: on some virtual machines it reports the last-level cache of every socket together.
+int64_t cache_bytes(int level) {
+  for (int index = 0; index < 8; ++index) {
+    const std::string folder = "/sys/devices/system/cpu/cpu0/cache/index" + std::to_string(index) + "/";
+    int found = 0;
+    int64_t kilobytes = 0;
+    std::string type;
+    if (!(std::ifstream(folder + "level") >> found)) break;
+    std::ifstream(folder + "type") >> type;
+    if (found == level && type != "Instruction" && std::ifstream(folder + "size") >> kilobytes)
+      return kilobytes << 10;
+  }
+  return 0;
+}
+
+}  // namespace
+
+Machine machine(int threads) {
+  static const Machine caches = [] {
+    Machine m;
+    if (const int64_t bytes = cache_bytes(2)) m.private_cache = bytes;
+    m.shared_cache = cache_bytes(3);
+    return m;
+  }();
+  Machine m = caches;
+  m.threads = threads;
+  return m;
+}
+
+}  // namespace bnext::cpu

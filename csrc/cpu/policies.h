@@ -1,0 +1,135 @@
+// What happens to sixteen elements: two reducers and two maps, templates over the storage type.
+//
+// Included once per instruction set (see vector.h). A step takes the element offset and says by its Span how
+// many lanes count: Full, or First{n} where fewer than sixteen elements are left.
+
+struct Full {
+  template <class A, class T>
+  BNEXT_INLINE Lanes<A> load_lanes(const T* p) const {
+    return load<A>(p);
+  }
+  template <class A>
+  BNEXT_INLINE Lanes<A> keep(const Lanes<A>& v) const {
+    return v;
+  }
+  template <bool Streaming, class A, class T>
+  BNEXT_INLINE void store_lanes(T* p, const Lanes<A>& v) const {
+    store<Streaming>(p, v);
+  }
+};
+
+struct First {
+  int64_t n;
+  bool readable;  // sixteen elements may be read
+
+  template <class A, class T>
+  BNEXT_INLINE Lanes<A> load_lanes(const T* p) const {
+    return load_first<A>(p, n, readable);
+  }
+  template <class A>
+  BNEXT_INLINE Lanes<A> keep(const Lanes<A>& v) const {
+    return keep_first(v, n);
+  }
+  template <bool Streaming, class A, class T>
+  BNEXT_INLINE void store_lanes(T* p, const Lanes<A>& v) const {
+    store_first(p, v, n);
+  }
+};
+
+template <class A>
+struct LaneSums {
+  Lanes<A> first, second;
+};
+
+template <class T>
+struct MomentsReducer {
+  using Storage = T;
+  using Math = summath_t<T>;
+  const T* x;
+
+  explicit MomentsReducer(const Operands& operands) : x(static_cast<const T*>(operands.x)) {}
+
+  template <class Span>
+  BNEXT_INLINE void step(LaneSums<Math>& sums, int64_t offset, const Lanes<Math>& center, Span span) const {
+    const Lanes<Math> d = span.keep(span.template load_lanes<Math>(x + offset) - center);
+    sums.first = sums.first + d;
+    sums.second = sums.second + d * d;
+  }
+};
+
+template <class T>
+struct GradSumsReducer {
+  using Storage = T;
+  using Math = summath_t<T>;
+  const T* x;
+  const T* dy;
+
+  explicit GradSumsReducer(const Operands& operands)
+      : x(static_cast<const T*>(operands.x)), dy(static_cast<const T*>(operands.dy)) {}
+
+  template <class Span>
+  BNEXT_INLINE void step(LaneSums<Math>& sums, int64_t offset, const Lanes<Math>& center, Span span) const {
+    const Lanes<Math> dz = span.keep(span.template load_lanes<Math>(dy + offset));
+    const Lanes<Math> d = span.keep(span.template load_lanes<Math>(x + offset) - center);
+    sums.first = sums.first + dz;
+    sums.second = sums.second + dz * d;
+  }
+};
+
+template <class T, bool Streaming>
+struct NormalizeMap {
+  using Storage = T;
+  using Math = opmath_t<T>;
+  static constexpr int kCoefficients = 3;
+  const T* x;
+  T* y;
+
+  explicit NormalizeMap(const Operands& operands)
+      : x(static_cast<const T*>(operands.x)), y(static_cast<T*>(operands.out)) {}
+
+  template <class Span>
+  BNEXT_INLINE void step(int64_t offset, const Lanes<Math> (&c)[kCoefficients], Span span) const {
+    span.template store_lanes<Streaming>(
+        y + offset, normalize(span.template load_lanes<Math>(x + offset), c[0], c[1], c[2]));
+  }
+};
+
+template <class T, bool Streaming>
+struct InputGradMap {
+  using Storage = T;
+  using Math = opmath_t<T>;
+  static constexpr int kCoefficients = 4;
+  const T* x;
+  const T* dy;
+  T* dx;
+
+  explicit InputGradMap(const Operands& operands)
+      : x(static_cast<const T*>(operands.x)),
+        dy(static_cast<const T*>(operands.dy)),
+        dx(static_cast<T*>(operands.out)) {}
+
+  template <class Span>
+  BNEXT_INLINE void step(int64_t offset, const Lanes<Math> (&c)[kCoefficients], Span span) const {
+    span.template store_lanes<Streaming>(
+        dx + offset, input_grad(span.template load_lanes<Math>(dy + offset),
+                                span.template load_lanes<Math>(x + offset), c[0], c[1], c[2], c[3]));
+  }
+};
+
+// Fixed statistics: x is not read.
+template <class T, bool Streaming>
+struct FrozenInputGradMap {
+  using Storage = T;
+  using Math = opmath_t<T>;
+  static constexpr int kCoefficients = 1;
+  const T* dy;
+  T* dx;
+
+  explicit FrozenInputGradMap(const Operands& operands)
+      : dy(static_cast<const T*>(operands.dy)), dx(static_cast<T*>(operands.out)) {}
+
+  template <class Span>
+  BNEXT_INLINE void step(int64_t offset, const Lanes<Math> (&c)[kCoefficients], Span span) const {
+    span.template store_lanes<Streaming>(dx + offset, span.template load_lanes<Math>(dy + offset) * c[0]);
+  }
+};

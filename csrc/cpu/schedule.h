@@ -1,0 +1,100 @@
+// Reduce, fold, map in the order a plan says, over threads. Both directions run through here.
+#pragma once
+
+#include <ATen/Parallel.h>
+
+#include <algorithm>
+#include <cstddef>
+#include <memory>
+#include <vector>
+
+#include "cpu/tiles.h"
+#include "plan.h"
+
+namespace bnext::cpu {
+
+// f(index) for [0, count), each thread its range in ascending or descending order.
+template <bool Descending = false, class F>
+void for_each_task(int threads, int64_t count, F f) {
+  auto range = [&](int64_t begin, int64_t end) {
+    for (int64_t k = 0; k < end - begin; ++k) f(Descending ? end - 1 - k : begin + k);
+  };
+  if (threads <= 1) {
+    range(0, count);
+  } else {
+    at::parallel_for(0, count, 1, range);
+  }
+}
+
+// This thread's scratch memory; grows, is never shrunk, and is bounded by the tile sizes of plan.cpp.
+inline void* scratch(int64_t bytes) {
+  constexpr int64_t kAlign = 64;
+  thread_local std::vector<std::byte> memory;
+  if (static_cast<int64_t>(memory.size()) < bytes + kAlign) memory.resize(bytes + kAlign);
+  void* data = memory.data();
+  size_t space = memory.size();
+  return std::align(kAlign, bytes, data, space);
+}
+
+// Work holds `operands`, `reduce` and `map` (tile functions or null), and
+//   prepare(channel_begin, channel_end)             before a slab is reduced,
+//   fold(channel_begin, channel_end, const Sums*)   between reduce and map; sums are null where nothing was
+//   reduced.
+template <class Work>
+void run(const Plan& plan, Work& work) {
+  const Geometry& geometry = plan.geometry;
+  const int64_t channels = geometry.extent.channels;
+  auto tile_at = [&](int64_t slab, int64_t chunk) {
+    const int64_t channel = slab * plan.slab_channels, begin = chunk * plan.chunk_length;
+    return Tile{channel, std::min(channel + plan.slab_channels, channels), begin,
+                std::min(begin + plan.chunk_length, geometry.positions())};
+  };
+  auto call = [&](TileFunction function, const Tile& tile, Sums* sums) {
+    function(work.operands, geometry, tile, scratch(scratch_bytes(geometry, tile)), sums);
+  };
+
+  if (plan.schedule == Schedule::split && work.reduce != nullptr) {
+    const int64_t tiles = plan.slabs * plan.chunks;
+    std::vector<Sums> partial(static_cast<size_t>(plan.chunks * channels));
+    for_each_task(1, plan.slabs, [&](int64_t slab) {
+      const Tile tile = tile_at(slab, 0);
+      work.prepare(tile.channel_begin, tile.channel_end);
+    });
+    for_each_task(plan.threads, tiles, [&](int64_t k) {
+      const Tile tile = tile_at(k % plan.slabs, k / plan.slabs);
+      call(work.reduce, tile, partial.data() + k / plan.slabs * channels + tile.channel_begin);
+    });
+    for (int64_t chunk = 1; chunk < plan.chunks; ++chunk) {
+      for (int64_t c = 0; c < channels; ++c) partial[c] += partial[chunk * channels + c];
+    }
+    work.fold(0, channels, partial.data());
+    if (work.map == nullptr) return;
+    for_each_task<true>(plan.threads, tiles,
+                        [&](int64_t k) { call(work.map, tile_at(k % plan.slabs, k / plan.slabs), nullptr); });
+    return;
+  }
+
+  if (work.reduce != nullptr) {
+    for_each_task(plan.threads, plan.slabs, [&](int64_t slab) {
+      const Tile whole = tile_at(slab, 0);
+      std::vector<Sums> sums(whole.channels()), part(whole.channels());
+      work.prepare(whole.channel_begin, whole.channel_end);
+      for (int64_t chunk = 0; chunk < plan.chunks; ++chunk) {
+        std::fill(part.begin(), part.end(), Sums{});
+        call(work.reduce, tile_at(slab, chunk), part.data());
+        for (int64_t k = 0; k < whole.channels(); ++k) sums[k] += part[k];
+      }
+      work.fold(whole.channel_begin, whole.channel_end, sums.data());
+      if (work.map == nullptr) return;
+      for (int64_t chunk = plan.chunks; chunk-- > 0;) call(work.map, tile_at(slab, chunk), nullptr);
+    });
+    return;
+  }
+
+  work.fold(0, channels, nullptr);
+  if (work.map == nullptr) return;
+  for_each_task(plan.threads, plan.slabs * plan.chunks,
+                [&](int64_t k) { call(work.map, tile_at(k % plan.slabs, k / plan.slabs), nullptr); });
+}
+
+}  // namespace bnext::cpu

@@ -1,0 +1,58 @@
+// The smallest piece of work, and the table of functions that do it: one table per instruction set, all
+// compiled from tiles.inc. Nothing here knows threads, schedules or tensors.
+#pragma once
+
+#include <cstdint>
+
+#include "formulas.h"
+#include "plan.h"
+
+namespace bnext::cpu {
+
+// Channels [channel_begin, channel_end), positions [begin, end) of them.
+struct Tile {
+  int64_t channel_begin = 0, channel_end = 0;
+  int64_t begin = 0, end = 0;
+
+  constexpr int64_t channels() const { return channel_end - channel_begin; }
+};
+
+constexpr int kMaxCoefficients = 4;
+
+struct Operands {
+  const void* x = nullptr;
+  const void* dy = nullptr;
+  void* out = nullptr;
+  const double* center = nullptr;  // per channel: what reducers subtract from x
+  const void* coefficients[kMaxCoefficients] =
+      {};  // per channel, in opmath: what maps apply, in formulas.h's order
+};
+
+// Reducers add to sums[channel - channel_begin]; maps write operands.out and ignore sums. scratch: see
+// scratch_bytes.
+using TileFunction = void (*)(const Operands&, const Geometry&, const Tile&, void* scratch, Sums* sums);
+
+enum class Phase : uint8_t { moments, normalize, grad_sums, input_grad, input_grad_frozen };
+
+struct InstructionSet {
+  const char* name;
+  bool (*supported)();
+  TileFunction (*find)(Phase phase, Dtype dtype, Traversal traversal, bool streaming_stores);
+};
+
+// Compiled instruction sets, best first; the last one runs everywhere.
+extern const InstructionSet kInstructionSets[];
+extern const int kInstructionSetCount;
+
+// The best one this machine supports.
+const InstructionSet& instruction_set();
+
+// Bytes of 64-byte aligned scratch a tile needs.
+inline int64_t scratch_bytes(const Geometry& geometry, const Tile& tile) {
+  if (geometry.traversal == Traversal::planes)
+    return tile.channels() * 2 * 16 * 8;  // two double sums per lane
+  const int64_t columns = geometry.fold > 1 ? geometry.row_length() : tile.channels() * geometry.extent.inner;
+  return (columns + 16) * kMaxCoefficients * 8;  // as many doubles per column as a map has coefficients
+}
+
+}  // namespace bnext::cpu

@@ -1,0 +1,260 @@
+// Sixteen lanes of arithmetic on whatever vectors the including file was compiled for.
+//
+// Included once per instruction set by tiles.inc, inside its namespace, with BNEXT_VECTOR_BYTES set to the
+// register width. The lane count never changes, so sums have the same partition on every machine. No include
+// guard, no includes: everything here must be compiled for one instruction set and must not leak into
+// another.
+
+constexpr int kLanes = 16;
+constexpr int kBytes = BNEXT_VECTOR_BYTES;
+
+#define BNEXT_INLINE __attribute__((always_inline)) inline
+
+template <class E, int Bytes>
+struct NativeVector {
+  typedef E type __attribute__((vector_size(Bytes)));
+};
+template <class E, int Bytes = kBytes>
+using Native = typename NativeVector<E, Bytes>::type;
+
+template <class A>
+struct Lanes {
+  static constexpr int kWidth = kBytes / sizeof(A);
+  static constexpr int kParts = kLanes / kWidth;
+  Native<A> part[kParts];
+};
+
+template <int N>
+struct Index {
+  static constexpr int value = N;
+};
+
+template <int... I>
+struct Indices {};
+template <int N, int... I>
+struct CountTo : CountTo<N - 1, N - 1, I...> {};
+template <int... I>
+struct CountTo<0, I...> {
+  using type = Indices<I...>;
+};
+
+// Lanes from a function of the part's index; unrolled in the front end so that parts live in registers.
+template <class A, class F, int... I>
+BNEXT_INLINE Lanes<A> generate_parts(F f, Indices<I...>) {
+  return {{f(Index<I>{})...}};
+}
+template <class A, class F>
+BNEXT_INLINE Lanes<A> generate(F f) {
+  return generate_parts<A>(f, typename CountTo<Lanes<A>::kParts>::type{});
+}
+
+template <class A>
+BNEXT_INLINE Lanes<A> operator+(const Lanes<A>& a, const Lanes<A>& b) {
+  return generate<A>([&](auto i)
+                         __attribute__((always_inline)) { return a.part[i.value] + b.part[i.value]; });
+}
+template <class A>
+BNEXT_INLINE Lanes<A> operator-(const Lanes<A>& a, const Lanes<A>& b) {
+  return generate<A>([&](auto i)
+                         __attribute__((always_inline)) { return a.part[i.value] - b.part[i.value]; });
+}
+template <class A>
+BNEXT_INLINE Lanes<A> operator*(const Lanes<A>& a, const Lanes<A>& b) {
+  return generate<A>([&](auto i)
+                         __attribute__((always_inline)) { return a.part[i.value] * b.part[i.value]; });
+}
+
+template <class A>
+BNEXT_INLINE Lanes<A> splat(A value) {
+  return generate<A>([&](auto) __attribute__((always_inline)) { return value - Native<A>{}; });
+}
+
+template <class V>
+BNEXT_INLINE V load_native(const void* p) {
+  V v;
+  __builtin_memcpy(&v, p, sizeof v);
+  return v;
+}
+
+template <class V>
+BNEXT_INLINE void store_native(void* p, V v) {
+  __builtin_memcpy(p, &v, sizeof v);
+}
+
+// ---- what differs between instruction sets ----
+// widen_float: kWidth floats to double.      widen_u16, widen_half: one part from 16-bit storage.
+// store_native_streaming: past the cache, p aligned to the vector.
+// store_u16, store_half: sixteen lanes to 16-bit storage.
+
+#if BNEXT_VECTOR_BYTES == 64
+
+BNEXT_INLINE Native<double> widen_float(const float* p) {
+  return (Native<double>)_mm512_cvtps_pd(_mm256_loadu_ps(p));
+}
+BNEXT_INLINE Native<uint32_t> widen_u16(const void* p) {
+  return (Native<uint32_t>)_mm512_cvtepu16_epi32(load_native<__m256i>(p));
+}
+BNEXT_INLINE Native<float> widen_half(const void* p) {
+  return (Native<float>)_mm512_cvtph_ps(load_native<__m256i>(p));
+}
+template <class V>
+BNEXT_INLINE void store_native_streaming(void* p, V v) {
+  if constexpr (sizeof(V) == 64) {
+    _mm512_stream_si512(static_cast<__m512i*>(p), (__m512i)v);
+  } else {
+    _mm256_stream_si256(static_cast<__m256i*>(p), (__m256i)v);
+  }
+}
+template <class Store>
+BNEXT_INLINE void store_u16(void* p, const Lanes<uint32_t>& v, Store store_vector) {
+  store_vector(p, _mm512_cvtepi32_epi16((__m512i)v.part[0]));
+}
+template <class Store>
+BNEXT_INLINE void store_half(void* p, const Lanes<float>& v, Store store_vector) {
+  store_vector(p, _mm512_cvtps_ph((__m512)v.part[0], _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+
+#elif BNEXT_VECTOR_BYTES == 32
+
+BNEXT_INLINE Native<double> widen_float(const float* p) {
+  return (Native<double>)_mm256_cvtps_pd(_mm_loadu_ps(p));
+}
+BNEXT_INLINE Native<uint32_t> widen_u16(const void* p) {
+  return (Native<uint32_t>)_mm256_cvtepu16_epi32(load_native<__m128i>(p));
+}
+BNEXT_INLINE Native<float> widen_half(const void* p) {
+  return (Native<float>)_mm256_cvtph_ps(load_native<__m128i>(p));
+}
+template <class V>
+BNEXT_INLINE void store_native_streaming(void* p, V v) {
+  _mm256_stream_si256(static_cast<__m256i*>(p), (__m256i)v);
+}
+template <class Store>
+BNEXT_INLINE void store_u16(void* p, const Lanes<uint32_t>& v, Store store_vector) {
+  const __m256i packed = _mm256_packus_epi32((__m256i)v.part[0], (__m256i)v.part[1]);  // halves interleaved
+  store_vector(p, _mm256_permute4x64_epi64(packed, 0xd8));
+}
+template <class Store>
+BNEXT_INLINE void store_half(void* p, const Lanes<float>& v, Store store_vector) {
+  const __m128i low = _mm256_cvtps_ph((__m256)v.part[0], _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  const __m128i high = _mm256_cvtps_ph((__m256)v.part[1], _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  store_vector(p, _mm256_set_m128i(high, low));
+}
+
+#else
+
+BNEXT_INLINE Native<double> widen_float(const float* p) {
+  return __builtin_convertvector((load_native<Native<float, kBytes / 2>>(p)), Native<double>);
+}
+BNEXT_INLINE Native<uint32_t> widen_u16(const void* p) {
+  return __builtin_convertvector((load_native<Native<uint16_t, kBytes / 2>>(p)), Native<uint32_t>);
+}
+BNEXT_INLINE Native<float> widen_half(const void* p) { return widen_f16<Native<float>>(widen_u16(p)); }
+template <class V>
+BNEXT_INLINE void store_native_streaming(void* p, V v) {
+#if defined(__x86_64__)
+  _mm_stream_si128(static_cast<__m128i*>(p), (__m128i)v);
+#else
+  store_native(p, v);
+#endif
+}
+template <class Store>
+BNEXT_INLINE void store_u16(void* p, const Lanes<uint32_t>& v, Store store_vector) {
+  for (int i = 0; i < Lanes<uint32_t>::kParts; i += 2) {
+    Native<uint16_t> packed;
+    for (int k = 0; k < 2 * Lanes<uint32_t>::kWidth; ++k) {
+      packed[k] = static_cast<uint16_t>(v.part[i + k / Lanes<uint32_t>::kWidth][k % Lanes<uint32_t>::kWidth]);
+    }
+    store_vector(static_cast<char*>(p) + i * (kBytes / 2), packed);
+  }
+}
+template <class Store>
+BNEXT_INLINE void store_half(void* p, const Lanes<float>& v, Store store_vector) {
+  const auto bits = generate<uint32_t>(
+      [&](auto i) __attribute__((always_inline)) { return narrow_f16<Native<uint32_t>>(v.part[i.value]); });
+  store_u16(p, bits, store_vector);
+}
+
+#endif
+
+// ---- the same everywhere ----
+
+template <class A>
+BNEXT_INLINE Native<A> load_part(const A* p) {
+  return load_native<Native<A>>(p);
+}
+template <class A>
+  requires(sizeof(A) == sizeof(double))
+BNEXT_INLINE Native<A> load_part(const float* p) {
+  return widen_float(p);
+}
+template <class A>
+BNEXT_INLINE Native<float> load_part(const bf16* p) {
+  return widen_bf16<Native<float>>(widen_u16(p));
+}
+template <class A>
+BNEXT_INLINE Native<float> load_part(const f16* p) {
+  return widen_half(p);
+}
+
+template <class A, class T>
+BNEXT_INLINE Lanes<A> load(const T* p) {
+  return generate<A>(
+      [&](auto i) __attribute__((always_inline)) { return load_part<A>(p + i.value * Lanes<A>::kWidth); });
+}
+
+template <bool Streaming>
+struct VectorStore {
+  template <class V>
+  BNEXT_INLINE void operator()(void* p, V v) const {
+    if constexpr (Streaming) {
+      store_native_streaming(p, v);
+    } else {
+      store_native(p, v);
+    }
+  }
+};
+
+template <class A, class Store, int... I>
+BNEXT_INLINE void store_parts(A* p, const Lanes<A>& v, Store store_vector, Indices<I...>) {
+  (store_vector(p + I * Lanes<A>::kWidth, v.part[I]), ...);
+}
+template <bool Streaming = false, class A>
+BNEXT_INLINE void store(A* p, const Lanes<A>& v) {
+  store_parts(p, v, VectorStore<Streaming>{}, typename CountTo<Lanes<A>::kParts>::type{});
+}
+template <bool Streaming = false>
+BNEXT_INLINE void store(bf16* p, const Lanes<float>& v) {
+  const auto bits = generate<uint32_t>(
+      [&](auto i) __attribute__((always_inline)) { return narrow_bf16<Native<uint32_t>>(v.part[i.value]); });
+  store_u16(p, bits, VectorStore<Streaming>{});
+}
+template <bool Streaming = false>
+BNEXT_INLINE void store(f16* p, const Lanes<float>& v) {
+  store_half(p, v, VectorStore<Streaming>{});
+}
+
+// Lanes n and above become zero.
+template <class A>
+BNEXT_INLINE Lanes<A> keep_first(const Lanes<A>& v, int64_t n) {
+  alignas(64) const A iota[kLanes] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  return generate<A>([&](auto i) __attribute__((always_inline)) {
+    const auto index = load_native<Native<A>>(iota + i.value * Lanes<A>::kWidth);
+    return index < static_cast<A>(n) - Native<A>{} ? v.part[i.value] : Native<A>{};
+  });
+}
+
+// The first n < 16 elements; lanes above are unspecified if 16 may be read, else zero.
+template <class A, class T>
+BNEXT_INLINE Lanes<A> load_first(const T* p, int64_t n, bool readable) {
+  if (readable) return load<A>(p);
+  T buffer[kLanes] = {};
+  for (int64_t k = 0; k < n; ++k) buffer[k] = p[k];
+  return load<A>(buffer);
+}
+template <class A, class T>
+BNEXT_INLINE void store_first(T* p, const Lanes<A>& v, int64_t n) {
+  T buffer[kLanes];
+  store(buffer, v);
+  for (int64_t k = 0; k < n; ++k) p[k] = buffer[k];
+}

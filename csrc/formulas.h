@@ -1,0 +1,111 @@
+// The mathematics of batch normalization, host and device, each formula once.
+//
+// Per channel with n elements:   mean = sum(x)/n,  var = sum((x-mean)^2)/n,  invstd = 1/sqrt(var + eps)
+//   y  = (x - mean) * invstd * weight + bias
+//   dx = invstd * weight * (dz - sum(dz)/n - (x - mean) * invstd^2 * sum(dz*(x-mean))/n)       (batch
+//   statistics) dx = invstd * weight * dz                                                              (fixed
+//   statistics) dweight = invstd * sum(dz*(x-mean)),  dbias = sum(dz)
+//
+// Element loops work with a `center` in opmath that lies within rounding of the mean, so that x - center is
+// exact where it matters; what the center lacks (mean - center) goes into the constant term in double. The
+// error of y then does not grow with mean/std, and a constant channel gives exactly its bias.
+#pragma once
+
+#include <cmath>
+
+#include "storage.h"
+
+namespace bnext {
+
+// Sums over one channel. moments: of (x-c) and (x-c)^2. grad_sums: of dz and dz*(x-c).
+struct Sums {
+  double first = 0;
+  double second = 0;
+
+  BNEXT_HOST_DEVICE void operator+=(const Sums& other) {
+    first += other.first;
+    second += other.second;
+  }
+};
+
+struct Moments {
+  double mean;
+  double var;  // biased
+};
+
+// The center is an element of the channel (or 0), so n*(mean-c)^2 <= n*M2: cancellation in M2 costs at most a
+// factor n.
+BNEXT_HOST_DEVICE Moments moments_from_sums(double center, const Sums& sums, double count) {
+  const double delta = sums.first / count;
+  const double m2 = sums.second - sums.first * delta;
+  return {center + delta, m2 < 0 ? 0 : m2 / count};
+}
+
+BNEXT_HOST_DEVICE double inverse_std(double var, double eps) { return 1.0 / std::sqrt(var + eps); }
+
+BNEXT_HOST_DEVICE double unbiased_var(double var, double count) { return var * (count / (count - 1)); }
+
+// factor == 0 keeps the old value whatever the batch holds (0 * NaN would not).
+BNEXT_HOST_DEVICE double running_update(double running, double batch, double factor) {
+  return factor == 0 ? running : (1 - factor) * running + factor * batch;
+}
+
+// y = (x - center) * scale + offset
+template <class A>
+struct NormalizeCoefficients {
+  A center, scale, offset;
+};
+
+template <class A>
+BNEXT_HOST_DEVICE NormalizeCoefficients<A> normalize_coefficients(double mean, double invstd, double weight,
+                                                                  double bias) {
+  const A center = static_cast<A>(mean);
+  const double scale = weight * invstd;
+  const double rest = mean - static_cast<double>(center);
+  return {center, static_cast<A>(scale), static_cast<A>(bias - scale * rest)};
+}
+
+template <class V>
+BNEXT_HOST_DEVICE V normalize(const V& x, const V& center, const V& scale, const V& offset) {
+  return (x - center) * scale + offset;
+}
+
+struct ParameterGrads {
+  double dweight, dbias;
+};
+
+// `sums` were taken around `center`; dz*(x-mean) = dz*(x-center) - dz*(mean-center).
+BNEXT_HOST_DEVICE double centered_second(const Sums& sums, double mean, double center) {
+  return sums.second - sums.first * (mean - center);
+}
+
+BNEXT_HOST_DEVICE ParameterGrads parameter_grads(const Sums& sums, double mean, double center,
+                                                 double invstd) {
+  return {centered_second(sums, mean, center) * invstd, sums.first};
+}
+
+// dx = dz * scale + (x - center) * slope + offset;  slope = offset = 0 for fixed statistics
+template <class A>
+struct InputGradCoefficients {
+  A scale, center, slope, offset;
+};
+
+template <class A>
+BNEXT_HOST_DEVICE InputGradCoefficients<A> input_grad_coefficients(const Sums& sums, double mean,
+                                                                   double sums_center, double invstd,
+                                                                   double weight, double count) {
+  const A center = static_cast<A>(mean);
+  const double scale = weight * invstd;
+  const double slope = -scale * invstd * invstd * centered_second(sums, mean, sums_center) / count;
+  const double rest = mean - static_cast<double>(center);
+  const double offset = -scale * sums.first / count - slope * rest;
+  return {static_cast<A>(scale), center, static_cast<A>(slope), static_cast<A>(offset)};
+}
+
+template <class V>
+BNEXT_HOST_DEVICE V input_grad(const V& dz, const V& x, const V& scale, const V& center, const V& slope,
+                               const V& offset) {
+  return dz * scale + ((x - center) * slope + offset);
+}
+
+}  // namespace bnext

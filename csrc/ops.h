@@ -1,0 +1,36 @@
+// The operators at tensor level. Schemas and what they mean stand in library.cpp.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <array>
+#include <optional>
+#include <tuple>
+
+#include "plan.h"
+
+namespace bnext {
+
+using OptionalTensor = std::optional<at::Tensor>;
+using ForwardResult = std::tuple<at::Tensor, at::Tensor>;               // y, stats
+using BackwardResult = std::tuple<at::Tensor, at::Tensor, at::Tensor>;  // dx, dweight, dbias
+
+using ForwardSignature = ForwardResult(const at::Tensor& x, const OptionalTensor& weight,
+                                       const OptionalTensor& bias, const OptionalTensor& running_mean,
+                                       const OptionalTensor& running_var,
+                                       const OptionalTensor& num_batches_tracked, bool training,
+                                       std::optional<double> momentum, double eps, bool unbiased_running_var,
+                                       at::IntArrayRef ndims);
+using BackwardSignature = BackwardResult(const at::Tensor& dy, const at::Tensor& x,
+                                         const OptionalTensor& weight, const at::Tensor& stats, bool training,
+                                         std::array<bool, 3> output_mask);
+
+ForwardSignature batch_norm_cpu, batch_norm_meta, batch_norm_autograd;
+BackwardSignature batch_norm_backward_cpu, batch_norm_backward_meta, batch_norm_backward_autograd;
+
+// The memory order the kernels see: channels last if x is dense in that order, else contiguous.
+enum class Layout : uint8_t { contiguous, channels_last };
+Extent extent_of(at::IntArrayRef sizes, Layout layout);
+Dtype dtype_of(at::ScalarType dtype);
+
+}  // namespace bnext

@@ -1,0 +1,151 @@
+// The heuristics of plan.h, each constant with its unit and reason.
+#include "plan.h"
+
+#include <algorithm>
+
+namespace bnext {
+namespace {
+
+constexpr int64_t kLanes = 16;          // elements per vector step (cpu/vector.h)
+constexpr int64_t kShortRun = 64;       // elements: shorter planes lose too much to their tails
+constexpr int64_t kRunBytes = 8 << 10;  // contiguous bytes a slab should read per outer index: two pages
+constexpr int64_t kColumnBytes = 256;   // narrowest column slab: four lines, or DRAM pages are wasted
+constexpr int64_t kTileColumns = 2048;  // elements: accumulators and coefficients of a row tile stay in L1/L2
+constexpr int64_t kFoldColumns = 128;   // rows narrower than this are folded
+constexpr int64_t kSerialElements = 1 << 15;  // below this a parallel region costs more than it saves
+constexpr int64_t kChunkElements = 1 << 16;   // smallest chunk worth its own partial sums
+constexpr int64_t kMaxParts = 64;  // slabs * chunks aimed at: enough for any thread count to balance
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+
+int64_t gcd(int64_t a, int64_t b) {
+  while (b != 0) {
+    const int64_t rest = a % b;
+    a = b;
+    b = rest;
+  }
+  return a;
+}
+
+Geometry make_geometry(const Extent& extent) {
+  Geometry geometry{extent};
+  // A single channel is one run whatever the layout says.
+  if (extent.channels == 1) geometry.extent = {1, 1, extent.numel()};
+  const Extent& e = geometry.extent;
+  geometry.traversal = e.inner >= kShortRun || e.channels == 1 ? Traversal::planes : Traversal::rows;
+  const int64_t row = e.channels * e.inner;
+  if (geometry.traversal == Traversal::rows && row < kFoldColumns) {
+    const int64_t whole = kLanes / gcd(row, kLanes);  // rows per whole number of vectors
+    const int64_t fold = round_up(ceil_div(kFoldColumns, row), whole);
+    if (e.outer >= 4 * fold) geometry.fold = fold;
+  }
+  return geometry;
+}
+
+struct Traffic {
+  int64_t read_by_reduce, read_by_map, written;  // tensors
+};
+
+Traffic traffic(Pass pass) {
+  switch (pass) {
+    case Pass::forward:
+      return {1, 1, 1};
+    case Pass::inference:
+      return {0, 1, 1};
+    case Pass::backward:
+      return {2, 2, 1};
+    case Pass::frozen_backward:
+      return {2, 1, 1};
+  }
+  return {};
+}
+
+}  // namespace
+
+Plan make_plan(const Problem& problem, const Machine& machine) {
+  Plan plan;
+  plan.geometry = make_geometry(problem.extent);
+  const Extent& e = plan.geometry.extent;
+  const int64_t element = size_of(problem.dtype);
+  const int64_t tensor_bytes = e.numel() * element;
+  const Traffic tensors = traffic(problem.pass);
+  const int64_t kept =
+      std::max<int64_t>(tensors.read_by_reduce, 1);  // tensors a slab keeps between its two passes
+
+  // Slab width. Channels are grouped until a slab reads kRunBytes in one go, then as cache allows.
+  const int64_t threads = e.numel() < kSerialElements ? 1 : std::max(1, machine.threads);
+  const int64_t share = std::max(machine.private_cache, machine.shared_cache / 2 / threads);
+  const int64_t channel_bytes = e.count() * element * kept;
+  bool fits = true;
+  if (plan.geometry.traversal == Traversal::planes) {
+    const int64_t wanted = ceil_div(kRunBytes, e.inner * element);
+    const int64_t affordable =
+        std::max<int64_t>(1, machine.private_cache / 2 / std::max<int64_t>(1, channel_bytes));
+    plan.slab_channels = std::clamp<int64_t>(std::min(wanted, affordable), 1, e.channels);
+    fits = plan.slab_channels * channel_bytes <= share;
+  } else if (plan.geometry.fold > 1) {
+    plan.slab_channels = e.channels;
+    fits = e.channels * channel_bytes <= share;
+  } else {
+    const int64_t unit = kLanes / gcd(e.inner, kLanes);  // channels per whole number of vectors
+    const int64_t widest = std::max(unit, kTileColumns / e.inner / unit * unit);
+    const int64_t narrowest = std::min(widest, round_up(ceil_div(kColumnBytes, e.inner * element), unit));
+    const int64_t affordable = share / std::max<int64_t>(1, channel_bytes) / unit * unit;
+    fits = affordable >= narrowest;
+    plan.slab_channels = std::min(fits ? std::clamp(affordable, narrowest, widest) : widest, e.channels);
+  }
+  plan.slab_channels = std::max<int64_t>(1, plan.slab_channels);
+  plan.slabs = ceil_div(e.channels, plan.slab_channels);
+  plan.cache_bytes = plan.slab_channels * channel_bytes;
+
+  // Chunks, from the shape alone: slab widths above depend on caches, so count the narrowest slabs there can
+  // be.
+  const int64_t positions = plan.geometry.positions();
+  const int64_t per_position = std::max<int64_t>(1, e.numel() / std::max<int64_t>(1, positions));
+  const int64_t shortest = std::max<int64_t>(1, kChunkElements / per_position);
+  const int64_t planes_or_one = plan.geometry.traversal == Traversal::planes ? e.channels : 1;
+  plan.chunk_length = std::max(ceil_div(positions, ceil_div(kMaxParts, planes_or_one)), shortest);
+  plan.chunk_length = plan.geometry.traversal == Traversal::planes
+                          ? round_up(plan.chunk_length, plan.chunk_length >= e.inner ? e.inner : kLanes)
+                          : round_up(plan.chunk_length, kLanes);
+  plan.chunk_length = std::max<int64_t>(1, std::min(plan.chunk_length, positions));
+  plan.chunks = std::max<int64_t>(1, ceil_div(positions, plan.chunk_length));
+
+  plan.threads = static_cast<int>(std::min(threads, plan.slabs * plan.chunks));
+  if (tensors.read_by_reduce == 0) {
+    plan.schedule = Schedule::map;
+  } else {
+    // A thread's last slab must not leave the others idle: at most an eighth of the work may be lost to
+    // imbalance.
+    const int64_t turns = ceil_div(plan.slabs, plan.threads);
+    const bool balanced = turns * plan.threads * 8 <= plan.slabs * 9;
+    plan.schedule = fits && balanced ? Schedule::fused : Schedule::split;
+  }
+
+  const bool cached = plan.schedule != Schedule::split || tensor_bytes * kept <= machine.shared_cache / 2;
+  const int64_t reads = plan.schedule == Schedule::map ? tensors.read_by_map
+                        : cached                       ? std::max(tensors.read_by_reduce, tensors.read_by_map)
+                                                       : tensors.read_by_reduce + tensors.read_by_map;
+  plan.bytes_moved = (reads + tensors.written) * tensor_bytes;
+  plan.bytes_minimum =
+      (std::max(tensors.read_by_reduce, tensors.read_by_map) + tensors.written) * tensor_bytes;
+  plan.streaming_stores = false;
+  return plan;
+}
+
+const char* name(Traversal traversal) { return traversal == Traversal::planes ? "planes" : "rows"; }
+
+const char* name(Schedule schedule) {
+  switch (schedule) {
+    case Schedule::fused:
+      return "fused";
+    case Schedule::split:
+      return "split";
+    case Schedule::map:
+      return "map";
+  }
+  return "";
+}
+
+}  // namespace bnext

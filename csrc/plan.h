@@ -1,0 +1,70 @@
+// From a problem and a machine to a schedule: a pure function, and the only home of heuristics.
+//
+// A channel's elements are cut twice. Slabs are groups of channels, small enough to stay in cache between the
+// reduce and the map; chunks are ranges of a slab's positions (flattened outer*inner, or rows). Partial sums
+// are kept per chunk and added in order, and chunks depend on the shape alone, so that the same bits come out
+// for any number of threads.
+#pragma once
+
+#include <cstdint>
+
+#include "args.h"
+
+namespace bnext {
+
+// planes: long runs of one channel. rows: short runs or channels last, walked as a matrix whose columns are
+// elements.
+enum class Traversal : uint8_t { planes, rows };
+
+// fused: per slab reduce, fold, map while the slab is in cache. split: reduce everything, fold, map
+// everything. map: nothing to reduce.
+enum class Schedule : uint8_t { fused, split, map };
+
+enum class Pass : uint8_t { forward, inference, backward, frozen_backward };
+
+struct Problem {
+  Extent extent;
+  Dtype dtype = Dtype::float32;
+  Pass pass = Pass::forward;
+};
+
+struct Machine {
+  int threads = 1;
+  int64_t private_cache = 1 << 20;  // bytes of the largest cache a core has to itself
+  int64_t shared_cache = 0;         // bytes of the last-level cache
+};
+
+// How positions and columns follow from an extent.
+struct Geometry {
+  Extent extent;
+  Traversal traversal = Traversal::planes;
+  int64_t fold =
+      1;  // rows: consecutive outer indices that make one row, so that few channels still fill a vector
+
+  constexpr int64_t row_length() const { return fold * extent.channels * extent.inner; }
+  // Positions that chunks divide: elements of a channel (planes), or rows, the last of which may be short.
+  constexpr int64_t positions() const {
+    return traversal == Traversal::planes ? extent.count() : (extent.outer + fold - 1) / fold;
+  }
+};
+
+struct Plan {
+  Geometry geometry;
+  Schedule schedule = Schedule::fused;
+  int64_t slab_channels = 1;
+  int64_t slabs = 1;
+  int64_t chunk_length = 1;  // positions
+  int64_t chunks = 1;
+  int threads = 1;
+  bool streaming_stores = false;
+  int64_t cache_bytes = 0;    // what one slab wants to keep in cache
+  int64_t bytes_moved = 0;    // to and from memory, as scheduled
+  int64_t bytes_minimum = 0;  // every tensor once
+};
+
+Plan make_plan(const Problem& problem, const Machine& machine);
+
+const char* name(Traversal traversal);
+const char* name(Schedule schedule);
+
+}  // namespace bnext

@@ -1,0 +1,146 @@
+// Storage types and the arithmetic type that belongs to each, for host and device.
+//
+// The bit conversions are templates over the carrier: U is uint32_t or a vector of them, F the float (vector)
+// of the same lanes, so that scalar code and vector code share one algorithm. They use integer and
+// normal-number arithmetic only, hence give the same result under flush-to-zero.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__CUDACC__)
+#define BNEXT_HOST_DEVICE __host__ __device__ __forceinline__
+#else
+#define BNEXT_HOST_DEVICE __attribute__((always_inline)) inline
+#endif
+
+namespace bnext {
+
+enum class Dtype : uint8_t { float32, float64, bfloat16, float16 };
+
+struct bf16 {
+  uint16_t bits;
+};
+struct f16 {
+  uint16_t bits;
+};
+
+constexpr int64_t size_of(Dtype dtype) {
+  return dtype == Dtype::float64 ? 8 : dtype == Dtype::float32 ? 4 : 2;
+}
+
+// Arithmetic per element: float, except for double.
+template <class T>
+struct OpMath {
+  using type = float;
+};
+template <>
+struct OpMath<double> {
+  using type = double;
+};
+template <class T>
+using opmath_t = typename OpMath<T>::type;
+
+// Arithmetic of sums over elements: double, except for 16-bit storage. There a float holds a few dozen
+// squares of an input's 8 or 11 significant bits with an error far below the input's own, and is then added
+// to a double.
+template <class T>
+struct SumMath {
+  using type = double;
+};
+template <>
+struct SumMath<bf16> {
+  using type = float;
+};
+template <>
+struct SumMath<f16> {
+  using type = float;
+};
+template <class T>
+using summath_t = typename SumMath<T>::type;
+
+template <class To, class From>
+BNEXT_HOST_DEVICE To bits_as(From from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  memcpy(&to, &from, sizeof to);
+  return to;
+}
+
+template <class F, class U>
+BNEXT_HOST_DEVICE F widen_bf16(U bits) {
+  return bits_as<F>(U(bits << 16));
+}
+
+// Round to nearest even; every NaN becomes the quiet one.
+template <class U, class F>
+BNEXT_HOST_DEVICE U narrow_bf16(F value) {
+  const U bits = bits_as<U>(value);
+  const U rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const U quiet = rounded * 0u + 0x7fc0u;
+  return value != value ? quiet : rounded;
+}
+
+template <class F, class U>
+BNEXT_HOST_DEVICE F widen_f16(U bits) {
+  const U shifted = (bits & 0x7fffu) << 13;
+  const U exponent = shifted & (0x7c00u << 13);
+  const U normal = shifted + (112u << 23);
+  const U special = normal + (112u << 23);    // inf, NaN
+  const U lifted = normal + (1u << 23);       // 2^-14 + subnormal
+  const U unit = lifted * 0u + (113u << 23);  // 2^-14
+  const U subnormal = bits_as<U>(F(bits_as<F>(lifted) - bits_as<F>(unit)));
+  const U magnitude = exponent == (0x7c00u << 13) ? special : (exponent == 0u ? subnormal : normal);
+  return bits_as<F>(U(magnitude | ((bits & 0x8000u) << 16)));
+}
+
+// Round to nearest even, overflow to infinity.
+template <class U, class F>
+BNEXT_HOST_DEVICE U narrow_f16(F value) {
+  const U bits = bits_as<U>(value);
+  const U sign = bits & 0x80000000u;
+  const U magnitude = bits ^ sign;
+  const U normal = (magnitude + 0xc8000fffu + ((magnitude >> 13) & 1u)) >> 13;  // exponent - 112, then round
+  const U half = magnitude * 0u + (126u << 23);  // 0.5: ulp is the f16 subnormal step
+  const U subnormal = bits_as<U>(F(bits_as<F>(magnitude) + bits_as<F>(half))) - half;
+  const U infinite = magnitude * 0u + 0x7c00u;
+  const U special = magnitude > 0x7f800000u ? infinite + 0x0200u : infinite;
+  const U finite = magnitude < (113u << 23) ? subnormal : normal;
+  return (magnitude >= (143u << 23) ? special : finite) | (sign >> 16);
+}
+
+// One scalar of any storage type, read or written as double: for per-channel values, never in element loops.
+BNEXT_HOST_DEVICE double read_scalar(const void* data, Dtype dtype, int64_t index) {
+  switch (dtype) {
+    case Dtype::float32:
+      return static_cast<const float*>(data)[index];
+    case Dtype::float64:
+      return static_cast<const double*>(data)[index];
+    case Dtype::bfloat16:
+      return widen_bf16<float>(uint32_t{static_cast<const uint16_t*>(data)[index]});
+    case Dtype::float16:
+      return widen_f16<float>(uint32_t{static_cast<const uint16_t*>(data)[index]});
+  }
+  return 0;
+}
+
+BNEXT_HOST_DEVICE void write_scalar(void* data, Dtype dtype, int64_t index, double value) {
+  switch (dtype) {
+    case Dtype::float32:
+      static_cast<float*>(data)[index] = static_cast<float>(value);
+      return;
+    case Dtype::float64:
+      static_cast<double*>(data)[index] = value;
+      return;
+    case Dtype::bfloat16:
+      static_cast<uint16_t*>(data)[index] =
+          static_cast<uint16_t>(narrow_bf16<uint32_t>(static_cast<float>(value)));
+      return;
+    case Dtype::float16:
+      static_cast<uint16_t*>(data)[index] =
+          static_cast<uint16_t>(narrow_f16<uint32_t>(static_cast<float>(value)));
+      return;
+  }
+}
+
+}  // namespace bnext
