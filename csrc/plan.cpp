@@ -9,7 +9,9 @@ namespace {
 constexpr int64_t kLanes = 16;          // elements per vector step (cpu/vector.h)
 constexpr int64_t kShortRun = 64;       // elements: shorter planes lose too much to their tails
 constexpr int64_t kRunBytes = 8 << 10;  // contiguous bytes a slab should read per outer index: two pages
-constexpr int64_t kColumnBytes = 256;   // narrowest column slab: four lines, or DRAM pages are wasted
+constexpr int64_t kColumnBytes =
+    8 << 10;                            // narrowest column slab: narrower ones read at half the rate or less
+constexpr int64_t kLineBytes = 64;      // of a cache line, and of the widest vector
 constexpr int64_t kTileColumns = 2048;  // elements: accumulators and coefficients of a row tile stay in L1/L2
 constexpr int64_t kFoldColumns = 128;   // rows narrower than this are folded
 constexpr int64_t kSerialElements = 1 << 15;  // below this a parallel region costs more than it saves
@@ -70,8 +72,7 @@ Plan make_plan(const Problem& problem, const Machine& machine) {
   const int64_t element = size_of(problem.dtype);
   const int64_t tensor_bytes = e.numel() * element;
   const Traffic tensors = traffic(problem.pass);
-  const int64_t kept =
-      std::max<int64_t>(tensors.read_by_reduce, 1);  // tensors a slab keeps between its two passes
+  const int64_t kept = std::max<int64_t>(tensors.read_by_reduce, 1);  // tensors between the two passes
 
   // Slab width. Channels are grouped until a slab reads kRunBytes in one go, then as cache allows.
   const int64_t threads = e.numel() < kSerialElements ? 1 : std::max(1, machine.threads);
@@ -90,7 +91,8 @@ Plan make_plan(const Problem& problem, const Machine& machine) {
   } else {
     const int64_t unit = kLanes / gcd(e.inner, kLanes);  // channels per whole number of vectors
     const int64_t widest = std::max(unit, kTileColumns / e.inner / unit * unit);
-    const int64_t narrowest = std::min(widest, round_up(ceil_div(kColumnBytes, e.inner * element), unit));
+    const int64_t narrowest =
+        std::min({widest, e.channels, round_up(ceil_div(kColumnBytes, e.inner * element), unit)});
     const int64_t affordable = share / std::max<int64_t>(1, channel_bytes) / unit * unit;
     fits = affordable >= narrowest;
     plan.slab_channels = std::min(fits ? std::clamp(affordable, narrowest, widest) : widest, e.channels);
@@ -99,8 +101,7 @@ Plan make_plan(const Problem& problem, const Machine& machine) {
   plan.slabs = ceil_div(e.channels, plan.slab_channels);
   plan.cache_bytes = plan.slab_channels * channel_bytes;
 
-  // Chunks, from the shape alone: slab widths above depend on caches, so count the narrowest slabs there can
-  // be.
+  // Chunks, from the shape alone: slab widths above depend on caches.
   const int64_t positions = plan.geometry.positions();
   const int64_t per_position = std::max<int64_t>(1, e.numel() / std::max<int64_t>(1, positions));
   const int64_t shortest = std::max<int64_t>(1, kChunkElements / per_position);
@@ -130,7 +131,14 @@ Plan make_plan(const Problem& problem, const Machine& machine) {
   plan.bytes_moved = (reads + tensors.written) * tensor_bytes;
   plan.bytes_minimum =
       (std::max(tensors.read_by_reduce, tensors.read_by_map) + tensors.written) * tensor_bytes;
-  plan.streaming_stores = false;
+
+  // Past the cache only what would not stay there: the call's tensors together exceed it, and whole lines are
+  // written.
+  const int64_t run = plan.geometry.traversal == Traversal::planes ? e.inner : plan.geometry.row_length();
+  const int64_t touched =
+      (std::max(tensors.read_by_reduce, tensors.read_by_map) + tensors.written) * tensor_bytes;
+  plan.streaming_stores =
+      machine.shared_cache > 0 && touched > machine.shared_cache && run * element % kLineBytes == 0;
   return plan;
 }
 

@@ -32,7 +32,7 @@ struct BackwardWork {
     if (wants_sums || args.batch_statistics) reduce = find(Phase::grad_sums, args.dtype, traversal, false);
     if (args.dx != nullptr) {
       const Phase phase = args.batch_statistics ? Phase::input_grad : Phase::input_grad_frozen;
-      map = find(phase, args.dtype, traversal, plan.streaming_stores);
+      map = find(phase, args.dtype, traversal, can_stream(plan, args.dx));
       coefficients.reset(new A[kMaxCoefficients * channels]);
       for (int k = 0; k < kMaxCoefficients; ++k) operands.coefficients[k] = coefficients.get() + k * channels;
     }

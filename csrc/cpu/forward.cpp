@@ -35,7 +35,7 @@ struct ForwardWork {
       operands.center = center.get();
       reduce = find(Phase::moments, args.dtype, plan.geometry.traversal, false);
     }
-    map = find(Phase::normalize, args.dtype, plan.geometry.traversal, plan.streaming_stores);
+    map = find(Phase::normalize, args.dtype, plan.geometry.traversal, can_stream(plan, args.y));
   }
 
   // A channel's first element, so that a constant channel sums to exactly zero; 0 if it is not finite.

@@ -6,8 +6,9 @@
 // the end to the beginning: what the reduce read last is still in cache.
 
 constexpr int64_t kFlush = 32;     // vector steps a sum may stay in SumMath before it is added to a double
-constexpr int64_t kRowBlock = 16;  // rows a reducer walks together: at most kFlush; as many read streams
+constexpr int64_t kRowBlock = 16;  // rows a reducer walks together: at most kFlush
 constexpr int64_t kRowGroup = 4;   // rows a map walks together: coefficients are loaded once for them
+constexpr int64_t kStretchBytes = 64 << 10;  // ascending part of a descending walk
 
 template <class A>
 BNEXT_INLINE Lanes<double> as_double(const Lanes<A>& v) {
@@ -28,7 +29,7 @@ BNEXT_INLINE void add_to(double* first, double* second, const LaneSums<A>& sums)
 
 // ---- planes ----
 
-// f(channel, offset of the run, its length), outer indices ascending or descending.
+// f(channel, offset of the run, its length), outer indices ascending or descending, channels ascending.
 template <bool Descending, class F>
 BNEXT_INLINE void for_each_run(const Extent& e, const Tile& tile, F f) {
   if (tile.begin >= tile.end) return;
@@ -38,7 +39,7 @@ BNEXT_INLINE void for_each_run(const Extent& e, const Tile& tile, F f) {
     const int64_t from = outer == first ? tile.begin - first * e.inner : 0;
     const int64_t to = outer == last ? tile.end - last * e.inner : e.inner;
     for (int64_t k = 0; k < tile.channels(); ++k) {
-      const int64_t channel = Descending ? tile.channel_end - 1 - k : tile.channel_begin + k;
+      const int64_t channel = tile.channel_begin + k;
       f(channel, (outer * e.channels + channel) * e.inner + from, to - from);
     }
   }
@@ -98,6 +99,7 @@ void map_planes(const Operands& operands, const Geometry& geometry, const Tile& 
                        if (i < length)
                          map.step(offset + i, c, First{length - i, offset + i + kLanes <= numel});
                      });
+  if constexpr (Map::kStreaming) streaming_fence();
 }
 
 // ---- rows ----
@@ -145,7 +147,9 @@ void reduce_rows(const Operands& operands, const Geometry& geometry, const Tile&
     center[column] = static_cast<Math>(operands.center[channel]);
   });
 
-  // Rows [from, to) of `width` columns. Lanes past the last column go into padding that nobody reads.
+  // Rows [from, to) of `width` columns, a strip of sixteen at a time. No hardware prefetcher follows that
+  // order, so each step fetches its place in the next block. Lanes past the last column go into padding that
+  // nobody reads.
   auto block = [&](int64_t from, int64_t to, int64_t width) __attribute__((always_inline)) {
     for (int64_t j = 0; j < width; j += kLanes) {
       const Lanes<Math> c = load<Math>(center + j);
@@ -153,8 +157,10 @@ void reduce_rows(const Operands& operands, const Geometry& geometry, const Tile&
       const int64_t left = width - j;
       int64_t offset = from * columns.row_length + columns.begin + j;
       if (left >= kLanes) {
-        for (int64_t r = from; r < to; ++r, offset += columns.row_length)
+        for (int64_t r = from; r < to; ++r, offset += columns.row_length) {
+          reducer.prefetch(offset + kRowBlock * columns.row_length);
           reducer.step(local, offset, c, Full{});
+        }
       } else {
         for (int64_t r = from; r < to; ++r, offset += columns.row_length) {
           reducer.step(local, offset, c, First{left, offset + kLanes <= numel});
@@ -208,7 +214,12 @@ void map_rows(const Operands& operands, const Geometry& geometry, const Tile& ti
   const int64_t whole_rows = numel / columns.row_length;
   const int64_t end = tile.end < whole_rows ? tile.end : whole_rows;
   if (tile.end > whole_rows) block(whole_rows, whole_rows + 1, numel - whole_rows * columns.row_length);
-  for (int64_t r = end; r > tile.begin; r -= kRowGroup) {
-    block(r - kRowGroup > tile.begin ? r - kRowGroup : tile.begin, r, columns.count);
+  const int64_t row_bytes = columns.count * static_cast<int64_t>(sizeof(typename Map::Storage));
+  const int64_t stretch = (kStretchBytes / row_bytes / kRowGroup + 1) * kRowGroup;
+  for (int64_t stop = end; stop > tile.begin; stop -= stretch) {
+    const int64_t start = stop - stretch > tile.begin ? stop - stretch : tile.begin;
+    for (int64_t r = start; r < stop; r += kRowGroup)
+      block(r, r + kRowGroup < stop ? r + kRowGroup : stop, columns.count);
   }
+  if constexpr (Map::kStreaming) streaming_fence();
 }

@@ -47,6 +47,8 @@ struct MomentsReducer {
   using Math = summath_t<T>;
   const T* x;
 
+  BNEXT_INLINE void prefetch(int64_t offset) const { __builtin_prefetch(x + offset); }
+
   explicit MomentsReducer(const Operands& operands) : x(static_cast<const T*>(operands.x)) {}
 
   template <class Span>
@@ -64,6 +66,11 @@ struct GradSumsReducer {
   const T* x;
   const T* dy;
 
+  BNEXT_INLINE void prefetch(int64_t offset) const {
+    __builtin_prefetch(x + offset);
+    __builtin_prefetch(dy + offset);
+  }
+
   explicit GradSumsReducer(const Operands& operands)
       : x(static_cast<const T*>(operands.x)), dy(static_cast<const T*>(operands.dy)) {}
 
@@ -80,6 +87,7 @@ template <class T, bool Streaming>
 struct NormalizeMap {
   using Storage = T;
   using Math = opmath_t<T>;
+  static constexpr bool kStreaming = Streaming;
   static constexpr int kCoefficients = 3;
   const T* x;
   T* y;
@@ -98,6 +106,7 @@ template <class T, bool Streaming>
 struct InputGradMap {
   using Storage = T;
   using Math = opmath_t<T>;
+  static constexpr bool kStreaming = Streaming;
   static constexpr int kCoefficients = 4;
   const T* x;
   const T* dy;
@@ -121,6 +130,7 @@ template <class T, bool Streaming>
 struct FrozenInputGradMap {
   using Storage = T;
   using Math = opmath_t<T>;
+  static constexpr bool kStreaming = Streaming;
   static constexpr int kCoefficients = 1;
   const T* dy;
   T* dx;

@@ -36,6 +36,11 @@ inline void* scratch(int64_t bytes) {
   return std::align(kAlign, bytes, data, space);
 }
 
+// Streaming stores write whole aligned vectors; the plan has seen to everything but the address.
+inline bool can_stream(const Plan& plan, const void* out) {
+  return plan.streaming_stores && reinterpret_cast<uintptr_t>(out) % 64 == 0;
+}
+
 // Work holds `operands`, `reduce` and `map` (tile functions or null), and
 //   prepare(channel_begin, channel_end)             before a slab is reduced,
 //   fold(channel_begin, channel_end, const Sums*)   between reduce and map; sums are null where nothing was

@@ -234,6 +234,13 @@ BNEXT_INLINE void store(f16* p, const Lanes<float>& v) {
   store_half(p, v, VectorStore<Streaming>{});
 }
 
+// Orders streaming stores before whatever the next tile, thread or operator does.
+BNEXT_INLINE void streaming_fence() {
+#if defined(__x86_64__)
+  _mm_sfence();
+#endif
+}
+
 // Lanes n and above become zero.
 template <class A>
 BNEXT_INLINE Lanes<A> keep_first(const Lanes<A>& v, int64_t n) {

@@ -1,0 +1,173 @@
+"""The implementations, each called at its best. A new one is a function and a row of IMPLEMENTATIONS.
+
+bnext            our module
+eager            torch.nn.BatchNorm*
+compile          the same under torch.compile, for the one shape, nothing recompiled while the clock runs
+onednn           nn.BatchNorm2d on mkldnn tensors. torch's binding trains in four dimensions only, so any rank
+                 is viewed as (N, C, ., .), and channels_last as (N*H*W, C, 1, 1): the same memory, and
+                 oneDNN's vectorised kernel takes it, as it takes no planes
+onednn_blocked   the same in the format that oneDNN's convolutions hand on (nChw16c or nChw8c). No strided
+                 tensor has it, so a model is in it from end to end or pays for the reordering
+clone, copy_     what moving the tensor once costs: into new memory, into existing memory
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.shapes import Case
+
+
+class Unsupported(Exception):
+    """This implementation cannot run this case; the text says why."""
+
+
+@dataclass
+class Subject:
+    """One implementation, ready to run one case."""
+
+    name: str
+    call: Callable[[Tensor], Tensor]
+    x: Tensor
+    dy: Tensor
+    module: nn.Module | None = None  # None: a copy, without gradients
+    dense: Callable[[Tensor], Tensor] = field(
+        default=lambda tensor: tensor
+    )  # to a strided tensor of the case's shape
+
+    @property
+    def wanted(self) -> tuple[Tensor, ...]:
+        """What a training step differentiates by: x, weight, bias."""
+        assert self.module is not None
+        return (self.x, *self.module.parameters())
+
+
+def data(case: Case, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """x and dy of the case. Mean and scale differ between channels: none is normalized already."""
+    generator = torch.Generator().manual_seed(seed)
+    per_channel = (1, -1) + (1,) * (len(case.shape) - 2)
+    mean = torch.randn(case.shape[1], generator=generator).view(per_channel)
+    std = torch.rand(case.shape[1], generator=generator).view(per_channel) + 0.5
+
+    def place(tensor: Tensor) -> Tensor:
+        return tensor.to(case.torch_dtype).contiguous(memory_format=case.memory_format)
+
+    x = torch.randn(case.shape, generator=generator)
+    dy = torch.randn(case.shape, generator=generator)
+    return place(x.mul_(std).add_(mean)), place(dy)
+
+
+def _fill(module: nn.Module, case: Case) -> nn.Module:
+    """Weights and running statistics as in the middle of a training, the same for every implementation."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, tensor in module.state_dict().items():
+            if tensor.is_floating_point():
+                value = torch.rand(tensor.shape, generator=generator)
+                tensor.copy_(value + 0.5 if name.endswith(("weight", "running_var")) else value - 0.5)
+    return module.train(case.operation != "eval")
+
+
+def eager_module(case: Case, rank: int | None = None, dtype: torch.dtype | None = None) -> nn.Module:
+    """torch's layer for the case; `rank` and `dtype` stand in for the tensor's and the parameters' own."""
+    layers = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
+    layer = layers[rank or len(case.shape)]
+    return _fill(layer(case.shape[1], dtype=dtype or case.parameter_dtype), case)
+
+
+def _bnext(case: Case, x: Tensor, dy: Tensor) -> Subject:
+    try:
+        import bnext
+    except ImportError as error:
+        raise Unsupported(str(error)) from error
+    layers = {2: bnext.BatchNorm1d, 3: bnext.BatchNorm1d, 4: bnext.BatchNorm2d, 5: bnext.BatchNorm3d}
+    module = _fill(layers[len(case.shape)](case.shape[1], dtype=case.parameter_dtype), case)
+    return Subject("bnext", module, x, dy, module)
+
+
+def _eager(case: Case, x: Tensor, dy: Tensor) -> Subject:
+    module = eager_module(case)
+    return Subject("eager", module, x, dy, module)
+
+
+def _compile(case: Case, x: Tensor, dy: Tensor) -> Subject:
+    torch.compiler.reset()  # past a number of shapes, torch would run the rest in eager mode without a word
+    module = eager_module(case)
+    return Subject("compile", torch.compile(module, dynamic=False, fullgraph=True), x, dy, module)
+
+
+def _onednn(case: Case, x: Tensor, dy: Tensor) -> Subject:
+    _require_onednn(case)
+    module = eager_module(case, rank=4)
+    channels = case.shape[1]
+
+    def enter(tensor: Tensor) -> Tensor:
+        if case.layout == "channels_last":
+            return tensor.movedim(1, -1).reshape(-1, channels, 1, 1).to_mkldnn()
+        return tensor.reshape(
+            case.shape[0], channels, -1, tensor.shape[-1] if tensor.dim() > 2 else 1
+        ).to_mkldnn()
+
+    def leave(tensor: Tensor) -> Tensor:
+        tensor = tensor.to_dense()
+        if case.layout == "channels_last":
+            return tensor.view(case.shape[0], *case.shape[2:], channels).movedim(-1, 1)
+        return tensor.view(case.shape)
+
+    return Subject("onednn", module, enter(x), enter(dy), module, leave)
+
+
+def _onednn_blocked(case: Case, x: Tensor, dy: Tensor) -> Subject:
+    if case.layout != "contiguous" or len(case.shape) < 3:
+        raise Unsupported("rows are a format of oneDNN's own, see onednn")
+    subject = _onednn(case, x, dy)
+    subject.name = "onednn_blocked"
+    ones = torch.ones(case.shape[1], 1, 1, 1, dtype=case.torch_dtype).to_mkldnn()
+
+    def block(tensor: Tensor) -> Tensor:
+        """A depthwise 1x1 convolution by ones: the same values, in the format that oneDNN prefers here."""
+        return torch.mkldnn_convolution(tensor, ones, None, [0, 0], [1, 1], [1, 1], case.shape[1])
+
+    with torch.no_grad():
+        subject.x, subject.dy = block(subject.x), block(subject.dy)
+    return subject
+
+
+def _require_onednn(case: Case) -> None:
+    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        raise Unsupported("torch was built without oneDNN")
+    if case.dtype not in ("float32", "bfloat16"):
+        raise Unsupported("torch's batch norm takes mkldnn tensors of float32 and bfloat16 only")
+
+
+def _clone(case: Case, x: Tensor, dy: Tensor) -> Subject:
+    return Subject("clone", torch.clone, x, dy)
+
+
+def _copy(case: Case, x: Tensor, dy: Tensor) -> Subject:
+    y = torch.empty_like(x)
+    return Subject("copy_", y.copy_, x, dy)
+
+
+IMPLEMENTATIONS: dict[str, Callable[[Case, Tensor, Tensor], Subject]] = {
+    "bnext": _bnext,
+    "eager": _eager,
+    "compile": _compile,
+    "onednn": _onednn,
+    "onednn_blocked": _onednn_blocked,
+    "clone": _clone,
+    "copy_": _copy,
+}
+COPIES = ("clone", "copy_")
+
+
+def build(name: str, case: Case, x: Tensor, dy: Tensor) -> Subject:
+    """The implementation on the case's data; raises Unsupported. Tensors are shared where formats allow."""
+    subject = IMPLEMENTATIONS[name](case, x, dy)
+    if subject.module is not None:
+        subject.x = subject.x.detach().requires_grad_(case.operation != "eval")
+    return subject

@@ -1,0 +1,161 @@
+"""What is timed, as data: named lists of shapes, the operations with the bytes they must move, and the case.
+
+A shape is (N, C, spatial...). Its multiplicity, how often a network runs it in one step, weights the means.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+
+Shape = tuple[int, ...]
+
+# The 53 batch norms of a ResNet-50 at batch 32 and 224x224 pixels: (channels, side, multiplicity).
+_RESNET50 = (
+    (64, 112, 1),
+    (64, 56, 6),
+    (256, 56, 4),
+    (128, 56, 1),
+    (128, 28, 7),
+    (512, 28, 5),
+    (256, 28, 1),
+    (256, 14, 11),
+    (1024, 14, 7),
+    (512, 14, 1),
+    (512, 7, 5),
+    (2048, 7, 4),
+)
+
+LISTS: dict[str, tuple[tuple[Shape, int], ...]] = {
+    "resnet50": tuple(((32, c, side, side), times) for c, side, times in _RESNET50),
+    # Calls of a few microseconds, where overhead decides; odd channels and planes smaller than a vector.
+    "small": tuple(
+        (shape, 1)
+        for shape in (
+            (1, 3, 7, 7),
+            (4, 8, 4, 4),
+            (16, 16, 8, 8),
+            (64, 16, 8, 8),
+            (64, 32, 4, 4),
+            (8, 64, 14, 14),
+            (32, 33, 7, 7),
+            (16, 1001, 7, 7),
+        )
+    ),
+    # Features without space: wide, tall, one huge batch of few channels, one row of many.
+    "nc": tuple(
+        (shape, 1)
+        for shape in (
+            (32, 512),
+            (256, 2048),
+            (4096, 1024),
+            (65536, 256),
+            (65536, 33),
+            (1048576, 3),
+            (2, 65536),
+        )
+    ),
+    "ncl": tuple((shape, 1) for shape in ((32, 64, 1000), (16, 512, 128), (8, 80, 3000), (64, 33, 49))),
+    # Volumes: a video network's early and late stages, a medical U-Net's batch of two, one 3x3x3 corner.
+    "3d": tuple(
+        (shape, 1)
+        for shape in (
+            (4, 64, 8, 56, 56),
+            (4, 256, 4, 14, 14),
+            (2, 32, 64, 64, 64),
+            (2, 16, 48, 96, 96),
+            (8, 128, 3, 3, 3),
+        )
+    ),
+    # The two batch norms of the notebook's network on its 100 samples.
+    "notebook": (((100, 50), 1), ((100, 20), 1)),
+    # One problem grown 1024 times, by its batch: planes first, then features.
+    "growth": tuple(((4**k, 64, 16, 16), 1) for k in range(6)),
+    "growth_nc": tuple(((64 * 4**k, 256), 1) for k in range(6)),
+}
+
+# Tensors of x's size that each operation must read or write at least: forward x, y; backward x, dy, dx.
+TENSORS_MOVED = {"forward": 2, "backward": 3, "step": 5, "eval": 2}
+OPERATIONS = tuple(TENSORS_MOVED)
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+LAYOUTS = ("contiguous", "channels_last")
+VARIANTS = ("bn",)  # the layer timed: plain batch norm; fused layers join here and in peers.py
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row of a table: an operation on one tensor."""
+
+    shapes: str  # name of the list it came from
+    operation: str
+    shape: Shape
+    dtype: str
+    layout: str
+    multiplicity: int = 1
+    variant: str = "bn"
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        dtype = getattr(torch, self.dtype)
+        assert isinstance(dtype, torch.dtype)
+        return dtype
+
+    @property
+    def parameter_dtype(self) -> torch.dtype:
+        """16-bit activations train with float32 parameters, as under autocast."""
+        return torch.promote_types(self.torch_dtype, torch.float32)
+
+    @property
+    def memory_format(self) -> torch.memory_format:
+        if self.layout == "contiguous":
+            return torch.contiguous_format
+        return torch.channels_last if len(self.shape) == 4 else torch.channels_last_3d
+
+    @property
+    def tensor_bytes(self) -> int:
+        return math.prod(self.shape) * self.torch_dtype.itemsize
+
+    @property
+    def bytes_moved(self) -> int:
+        return TENSORS_MOVED[self.operation] * self.tensor_bytes
+
+    @property
+    def label(self) -> str:
+        return "x".join(map(str, self.shape))
+
+    def __str__(self) -> str:
+        return f"{self.variant} {self.operation} {self.label} {self.dtype} {self.layout}"
+
+
+def parse_shapes(text: str) -> tuple[tuple[Shape, int], ...]:
+    """The list of that name, or the one shape written like 32x64x56x56."""
+    if text in LISTS:
+        return LISTS[text]
+    sizes = text.split("x")
+    if not 2 <= len(sizes) <= 5 or not all(size.isdigit() and int(size) > 0 for size in sizes):
+        raise ValueError(
+            f"{text!r} is neither a list ({', '.join(LISTS)}) nor a shape of 2 to 5 sizes like 32x64x56x56"
+        )
+    return ((tuple(map(int, sizes)), 1),)
+
+
+def cases(
+    operations: Iterable[str],
+    shapes: Iterable[str],
+    dtypes: Iterable[str],
+    layouts: Iterable[str],
+    variants: Iterable[str],
+) -> Iterator[Case]:
+    """The product of the choices; channels_last exists for four and five dimensions only."""
+    for variant in variants:
+        for name in shapes:
+            for operation in operations:
+                for dtype in dtypes:
+                    for layout in layouts:
+                        for shape, times in parse_shapes(name):
+                            if layout == "contiguous" or len(shape) >= 4:
+                                of = name if name in LISTS else "given"
+                                yield Case(of, operation, shape, dtype, layout, times, variant)

@@ -1,0 +1,29 @@
+"""Batch normalization for PyTorch with hand-written kernels.
+
+- BatchNorm1d, BatchNorm2d, BatchNorm3d: drop-in replacements of torch.nn's
+- functional.batch_norm: the function behind them
+- reference: the same in NumPy and float64, the specification
+- plan, build_info: which schedule a call takes, how the extension was built
+"""
+
+from ._build_check import require_build
+
+require_build()
+
+from . import functional, reference
+from ._C import build_info
+from .modules import BatchNorm1d, BatchNorm2d, BatchNorm3d
+from .planning import plan
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BatchNorm1d",
+    "BatchNorm2d",
+    "BatchNorm3d",
+    "__version__",
+    "build_info",
+    "functional",
+    "plan",
+    "reference",
+]

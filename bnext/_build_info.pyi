@@ -1,0 +1,2 @@
+# The module is written by setup.py beside the extension.
+TORCH_VERSION: str

@@ -1,0 +1,78 @@
+"""Compiles csrc/ into bnext._C against the installed torch. All that is not compilation is in pyproject.toml."""
+
+import os
+import shutil
+import sys
+import sysconfig
+from pathlib import Path
+
+import torch
+from setuptools import setup
+from torch.utils.cpp_extension import BuildExtension, CppExtension
+
+COMPILE = [
+    "-O3",
+    "-std=c++20",
+    "-fno-trapping-math",  # without it GCC does not vectorise a select
+    "-fno-math-errno",
+    "-fopenmp",  # without it at::parallel_for runs on one thread, silently
+    "-fvisibility=hidden",
+    "-Wno-psabi",  # vectors passed between inlined functions only
+    "-g0",  # Python's own flags may say -g: objects ten times the size
+]
+LINK = ["-fopenmp"]
+
+
+def cuda_decision() -> tuple[bool, str]:
+    """Whether the CUDA kernels are built, and why: if there is an nvcc (a GPU is not asked), or as BNEXT_CUDA says."""
+    wish = os.environ.get("BNEXT_CUDA", "")
+    toolkit = os.path.join(os.environ.get("CUDA_HOME", ""), "bin")
+    if not Path("csrc/cuda").is_dir():
+        build, reason = False, "this version has no CUDA kernels"
+    elif wish == "0":
+        build, reason = False, "switched off by BNEXT_CUDA=0"
+    elif shutil.which("nvcc", path=toolkit) or shutil.which("nvcc"):
+        build, reason = True, "nvcc was found"
+    else:
+        build, reason = False, "nvcc is neither under CUDA_HOME nor on PATH"
+    if wish == "1" and not build:
+        sys.exit(f"BNEXT_CUDA=1 asks for the CUDA kernels, but {reason}.")
+    return build, reason
+
+
+class BuildAndRecord(BuildExtension):
+    """Builds where the next build finds its objects again, and notes the torch it built against."""
+
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        # Editable builds get a new temporary directory each time, where ninja would find nothing to keep.
+        tag = f"{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
+        self.build_temp = os.path.join("build", f"objects.{tag}")
+
+    def run(self) -> None:
+        super().run()
+        package = Path(self.get_ext_fullpath("bnext._C")).parent  # the wheel's, or if editable the sources'
+        record = f'"""Written by setup.py."""\n\nTORCH_VERSION = "{torch.__version__}"\n'
+        (package / "_build_info.py").write_text(record)
+
+
+cuda, cuda_reason = cuda_decision()
+print(f"bnext: torch {torch.__version__}, CUDA kernels: {'yes' if cuda else 'no'}, {cuda_reason}")
+
+setup(
+    install_requires=[f"torch=={torch.__version__.split('+')[0]}", "numpy"],
+    ext_modules=[
+        CppExtension(
+            "bnext._C",
+            sources=sorted(str(path) for path in Path("csrc").rglob("*.cpp")),
+            include_dirs=[str(Path("csrc").resolve())],
+            define_macros=[
+                ("BNEXT_TORCH_VERSION", f'"{torch.__version__}"'),
+                ("BNEXT_CUDA_REASON", f'"{cuda_reason}"'),
+            ],
+            extra_compile_args=COMPILE,
+            extra_link_args=LINK,
+        )
+    ],
+    cmdclass={"build_ext": BuildAndRecord},
+)

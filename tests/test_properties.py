@@ -1,0 +1,222 @@
+"""Random problems against the reference, and random nonsense against the checks.
+
+Examples are the same in every run (derandomize): a test suite that fails now and then is one that nobody believes.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import bnext
+from cases import CHANNELS_LAST, CHANNELS_LAST_3D, CONTIGUOUS, DTYPES, MODES, PARAMETERS, Layout
+from problem import Problem, make
+
+SETTINGS = settings(max_examples=300, deadline=None, derandomize=True, database=None)
+
+sizes = st.integers(1, 9)
+# Around the vector widths, and small.
+channels = st.one_of(st.integers(1, 9), st.integers(14, 18), st.integers(30, 34), st.integers(62, 66))
+
+
+@st.composite
+def shapes(draw: st.DrawFn) -> tuple[int, ...]:
+    """Of rank 2 to 5 with at least two values per channel, at most 50,000 elements."""
+    space = draw(st.lists(sizes, max_size=3))
+    batch = draw(st.one_of(sizes, st.integers(10, 70)))
+    shape = (batch, draw(channels), *space)
+    return shape if batch * math.prod(space) > 1 else (2, *shape[1:])
+
+
+@st.composite
+def layouts(draw: st.DrawFn, rank: int) -> Layout:
+    """Any order of the dimensions, with gaps between elements, and with dimensions that repeat one element."""
+    order = draw(st.permutations(range(rank)))
+    steps = draw(st.lists(st.sampled_from([1, 1, 1, 2, 3]), min_size=rank, max_size=rank))
+    offset = draw(st.integers(0, 3))
+    repeated = draw(st.sampled_from([None] * 6 + list(range(2, rank))))
+
+    def arrange(x: Tensor) -> Tensor:
+        if repeated is not None:
+            x = x.narrow(repeated, 0, 1)
+        extents = [size * step for size, step in zip(x.shape, steps, strict=True)]
+        dense = x.new_full((math.prod(extents) + offset,), float("nan"))[offset:]
+        back = [order.index(dim) for dim in range(rank)]
+        view = dense.view([extents[dim] for dim in order]).permute(back)
+        view = view[tuple(slice(None, None, step) for step in steps)]
+        view.copy_(x)
+        if repeated is None:
+            return view
+        return view.expand([shape[d] if d == repeated else -1 for d in range(rank)])
+
+    shape: tuple[int, ...] = ()
+
+    def remembering(x: Tensor) -> Tensor:
+        nonlocal shape
+        shape = tuple(x.shape)
+        return arrange(x)
+
+    return Layout("any", rank, CONTIGUOUS, remembering)
+
+
+@st.composite
+def problems(draw: st.DrawFn) -> Problem:
+    shape = draw(shapes())
+    problem = make(
+        shape,
+        draw(layouts(len(shape))),
+        draw(st.sampled_from(DTYPES)),
+        draw(st.sampled_from(MODES)),
+        draw(st.sampled_from(PARAMETERS)),
+        mean=draw(st.sampled_from([0.0, 0.0, 10.0, 1e3])),
+    )
+    problem.eps = draw(st.sampled_from([1e-5, 1e-3, 1.0]))
+    problem.momentum = draw(st.sampled_from([0.1, 1.0, 0.01]))
+    problem.unbiased = draw(st.booleans())
+    return problem
+
+
+def format_of(x: Tensor) -> torch.memory_format:
+    for rank, kept in ((4, CHANNELS_LAST), (5, CHANNELS_LAST_3D)):
+        if not x.is_contiguous() and x.dim() == rank and x.is_contiguous(memory_format=kept):
+            return kept
+    return CONTIGUOUS
+
+
+@SETTINGS
+@given(problem=problems())
+def test_any_problem(problem: Problem) -> None:
+    leaves = problem.require_grad()
+    y = problem.forward()
+    problem.check_output(y)
+    assert y.is_contiguous(memory_format=format_of(problem.x))
+    if problem.batch and problem.running_mean is not None:
+        problem.check_running(problem.momentum)
+    grads = torch.autograd.grad(y, leaves, problem.dy)
+    assert grads[0].is_contiguous(memory_format=format_of(problem.x))
+    for leaf, grad in zip(leaves, grads, strict=True):
+        leaf.grad = None if leaf is problem.x else grad
+    problem.check_input_grad(grads[0])
+    for name, check in (("weight", problem.check_weight_grad), ("bias", problem.check_bias_grad)):
+        if (tensor := getattr(problem, name)) is not None:
+            check(tensor.grad)
+
+
+dtypes = st.sampled_from(
+    [torch.float32] * 6 + [torch.float64, torch.bfloat16, torch.int64, torch.bool, torch.complex64]
+)
+few = st.integers(0, 4)
+vectors = st.one_of(
+    st.none(),
+    st.builds(lambda shape, dtype: torch.ones(shape, dtype=dtype), st.just([3]), dtypes),
+    st.builds(lambda shape, dtype: torch.ones(shape, dtype=dtype), st.lists(few, max_size=2), dtypes),
+    st.just(torch.ones(1).expand(3)),
+    st.just(torch.ones(3, device="meta")),
+)
+inputs = st.builds(
+    lambda shape, dtype: torch.ones(shape, dtype=dtype),
+    st.one_of(st.lists(few, max_size=5), st.lists(few, max_size=3).map(lambda space: [2, 3, *space])),
+    dtypes,
+)
+REFUSALS = (ValueError, RuntimeError, NotImplementedError)
+
+
+def copies(*tensors: Tensor | None) -> list[Tensor]:
+    return [tensor.clone() for tensor in tensors if tensor is not None and not tensor.is_meta]
+
+
+@SETTINGS
+@given(
+    x=inputs,
+    tensors=st.tuples(vectors, vectors, vectors, vectors),
+    counter=st.sampled_from(
+        [None, torch.tensor(0), torch.tensor(0), torch.tensor(0.0), torch.tensor([0, 0])]
+    ),
+    training=st.booleans(),
+    momentum=st.sampled_from([None, 0.1, 0.0, math.nan, math.inf]),
+    eps=st.sampled_from([1e-5, 1e-5, 0.0, -1.0, math.nan]),
+    ndims=st.sampled_from([[], [], [2, 3], [4], [-1]]),
+)
+def test_any_call_of_the_forward_operator(
+    x: Tensor, tensors: Any, counter: Any, training: bool, **scalars: Any
+) -> None:
+    """A result of the right shape, or a refusal that has touched nothing."""
+    weight, bias, mean, var = tensors
+    mean, var = (None if t is None else t if t.is_meta or 0 in t.stride() else t.clone() for t in (mean, var))
+    counter = None if counter is None else counter.clone()
+    before = copies(mean, var, counter)
+    try:
+        y, stats = torch.ops.bnext.batch_norm(
+            x,
+            weight,
+            bias,
+            mean,
+            var,
+            counter,
+            training,
+            scalars["momentum"],
+            scalars["eps"],
+            True,
+            scalars["ndims"],
+        )
+    except REFUSALS:
+        for one, other in zip(before, copies(mean, var, counter), strict=True):
+            assert torch.equal(one, other)
+    else:
+        assert y.shape == x.shape
+        assert stats.shape == (2, x.shape[1])
+
+
+@SETTINGS
+@given(
+    dy=inputs,
+    x=inputs,
+    same=st.booleans(),
+    weight=vectors,
+    stats=st.one_of(
+        st.just(torch.ones(2, 3, dtype=torch.float64)),
+        st.lists(few, max_size=3).map(lambda shape: torch.ones(shape, dtype=torch.float64)),
+    ),
+    training=st.booleans(),
+    mask=st.lists(st.booleans(), min_size=2, max_size=4),
+)
+def test_any_call_of_the_backward_operator(
+    dy: Tensor, x: Tensor, same: bool, weight: Tensor | None, stats: Tensor, training: bool, mask: list[bool]
+) -> None:
+    try:
+        dx, dweight, dbias = torch.ops.bnext.batch_norm_backward(
+            x if same else dy, x, weight, stats, training, mask
+        )
+    except REFUSALS:
+        return
+    assert dx.shape == (x.shape if mask[0] else (0,))
+    for wanted, grad in zip(mask[1:], (dweight, dbias), strict=True):
+        assert grad.shape == ((x.shape[1],) if wanted else (0,))
+
+
+@SETTINGS
+@given(
+    shape=st.lists(st.sampled_from([0, 1, 2, 3, 7, 64, 1000, 2**20, 2**31]), min_size=2, max_size=5),
+    layout=st.sampled_from(["contiguous", "channels_last"]),
+    dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.float16]),
+    training=st.booleans(),
+    backward=st.booleans(),
+    threads=st.integers(1, 300),
+)
+def test_any_plan(shape: list[int], layout: str, **options: Any) -> None:
+    """Also for tensors that no memory holds: every channel and every position in a slab and a chunk, nothing twice."""
+    if shape[1] == 0 or math.prod(shape) > 2**50:
+        return
+    plan = bnext.plan(shape, layout=layout if len(shape) in (4, 5) else "contiguous", **options)
+    assert 1 <= plan.threads <= options["threads"]
+    assert plan.slabs * plan.slab_channels >= shape[1] > (plan.slabs - 1) * plan.slab_channels
+    assert plan.chunks >= 1
+    assert plan.bytes_moved >= plan.bytes_minimum >= 0
+    assert plan.traversal in ("planes", "rows")
+    assert plan.schedule in ("fused", "split", "map")
+    assert (plan.schedule == "map") == (not options["training"] and not options["backward"])

@@ -1,0 +1,148 @@
+"""The house rules that a reader relies on, read off the sources: who may include whom, how files begin and end.
+
+    bnext/   modules -> functional -> the operators        (reference stands beside them and knows NumPy only)
+    csrc/    library -> autograd, ops, checks (tensors)
+                     -> cpu/ (loops) -> plan, dispatch, formulas, args, storage (plain)
+
+An arrow points to what may be used; nothing points back, and nothing below the second arrow of csrc/ knows a tensor.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+CSRC = ROOT / "csrc"
+FOLDERS = ["bnext", "csrc", "tests", "benchmarks", "examples", "build_backend"]
+SUFFIXES = {".py", ".cpp", ".h", ".inc", ".cu", ".cuh"}
+SOURCES = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*") if path.suffix in SUFFIXES)
+GENERATED = {ROOT / "bnext" / "_build_info.py"}
+LONGEST = 300
+
+PLAIN = {"storage.h", "args.h", "formulas.h", "dispatch.h", "plan.h", "plan.cpp"}
+TENSOR_LEVEL = {"checks.h", "ops.h", "ops.cpp", "autograd.cpp"}
+TORCH = re.compile(r"^(ATen|c10|torch|pybind11)/")
+
+
+def name_of(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def includes(path: Path) -> list[str]:
+    return re.findall(r'^#include [<"]([^>"]+)[>"]', path.read_text(), re.MULTILINE)
+
+
+def code(path: Path) -> str:
+    """The text without comments and strings."""
+    return re.sub(r'//[^\n]*|/\*.*?\*/|"(?:\\.|[^"\\\n])*"', "", path.read_text(), flags=re.DOTALL)
+
+
+def cxx(*names: str) -> list[Path]:
+    return [CSRC / name for name in sorted(names)]
+
+
+def in_cpu() -> list[Path]:
+    return [path for path in SOURCES if path.parent == CSRC / "cpu"]
+
+
+def imports(path: Path) -> set[str]:
+    """Modules imported, those of bnext with a leading dot."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            dots = "." * node.level
+            found |= {dots + node.module} if node.module else {dots + alias.name for alias in node.names}
+    return found
+
+
+def test_there_is_something_to_read() -> None:
+    names = {name_of(path) for path in SOURCES}
+    assert {"bnext/modules.py", "csrc/ops.cpp", "csrc/cpu/loops.h", "tests/test_sources.py"} <= names
+
+
+@pytest.mark.parametrize("path", sorted(set(SOURCES) - GENERATED), ids=name_of)
+def test_a_file_begins_with_what_it_is_for_and_ends_in_time(path: Path) -> None:
+    lines = path.read_text().splitlines()
+    assert len(lines) <= LONGEST, f"{len(lines)} lines"
+    assert lines[0].startswith(('"""', "// ", "# ", "#!")), f"begins with {lines[0]!r}"
+    assert not re.search(r"\b(TODO|FIXME|XXX)[:(]", path.read_text())
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=name_of)
+def test_names_say_something(path: Path) -> None:
+    """A folder for everything is a place where nothing is found; a math.h on the include path hides the system's."""
+    assert path.stem not in {"utils", "util", "common", "misc", "helpers"}
+    assert path.name != "math.h"
+
+
+@pytest.mark.parametrize("path", cxx(*PLAIN), ids=name_of)
+def test_the_plain_layer_stands_alone(path: Path) -> None:
+    """Host and device share it: standard headers and one another, nothing else."""
+    for header in includes(path):
+        assert header in PLAIN or re.fullmatch(r"c?[a-z_]+", header), f"includes {header}"
+    assert not re.search(r"\b(at|c10|torch)::", code(path))
+
+
+@pytest.mark.parametrize("path", in_cpu(), ids=name_of)
+def test_kernels_see_no_tensor(path: Path) -> None:
+    """Plain structs in, plain loops inside. The only header of torch is the one for threads, in one place."""
+    torch_headers = [header for header in includes(path) if TORCH.match(header)]
+    assert torch_headers == (["ATen/Parallel.h"] if path.name == "schedule.h" else [])
+    assert not {header for header in includes(path) if header in TENSOR_LEVEL}
+    assert not re.search(r"\bTensor\b|\b(c10|torch)::", code(path))
+    assert set(re.findall(r"\bat::(\w+)", code(path))) <= {"parallel_for", "get_num_threads"}
+
+
+@pytest.mark.parametrize("path", cxx(*TENSOR_LEVEL), ids=name_of)
+def test_the_tensor_level_computes_nothing(path: Path) -> None:
+    """It checks, plans, allocates and launches: of an engine it knows the launcher and how memory is made."""
+    for header in includes(path):
+        assert header != "formulas.h"
+        assert not header.startswith("cpu/") or header in {"cpu/launch.h", "cpu/memory.h"}, (
+            f"includes {header}"
+        )
+
+
+def test_operators_are_registered_in_one_file() -> None:
+    registering = [
+        path.name
+        for path in SOURCES
+        if path.suffix == ".cpp" and re.search(r"\b(TORCH_LIBRARY|PYBIND11_MODULE)", path.read_text())
+    ]
+    assert registering == ["library.cpp"]
+
+
+def test_one_python_file_calls_the_operators() -> None:
+    calling = [path.name for path in (ROOT / "bnext").glob("*.py") if "torch.ops.bnext" in path.read_text()]
+    assert calling == ["functional.py"]
+
+
+# What each Python file of the package may import of the package. Files that are not listed are on top.
+LOWER: dict[str, set[str]] = {
+    "reference.py": set(),
+    "functional.py": set(),
+    "modules.py": {".functional"},
+}
+
+
+@pytest.mark.parametrize("name", LOWER)
+def test_python_layers_point_downwards(name: str) -> None:
+    own = {module for module in imports(ROOT / "bnext" / name) if module.startswith((".", "bnext"))}
+    assert own <= LOWER[name]
+
+
+def test_the_reference_knows_numpy_only() -> None:
+    """It is what the kernels are judged by, so it shares nothing with them."""
+    assert imports(ROOT / "bnext" / "reference.py") <= {
+        "__future__",
+        "math",
+        "typing",
+        "numpy",
+        "numpy.typing",
+    }
