@@ -17,7 +17,8 @@ COMPILE = [
     "-fno-math-errno",
     "-fopenmp",  # without it at::parallel_for runs on one thread, silently
     "-fvisibility=hidden",
-    "-Wno-psabi",  # vectors passed between inlined functions only
+    "-Wno-psabi",  # vectors are passed between inlined functions only
+    "-Wno-maybe-uninitialized",  # GCC 12 takes its own AVX-512 intrinsics for uninitialised
     "-g0",  # Python's own flags may say -g: objects ten times the size
 ]
 LINK = ["-fopenmp"]
@@ -66,7 +67,7 @@ setup(
             "bnext._C",
             sources=sorted(str(path) for path in Path("csrc").rglob("*.cpp")),
             include_dirs=[str(Path("csrc").resolve())],
-            define_macros=[
+            define_macros=[  # the first makes ninja compile again for another torch: another command line
                 ("BNEXT_TORCH_VERSION", f'"{torch.__version__}"'),
                 ("BNEXT_CUDA_REASON", f'"{cuda_reason}"'),
             ],

@@ -28,7 +28,7 @@ __all__ = [
 
 NO_TORCH = (
     "bnext is compiled against the torch that is already installed, and {python} has none: run"
-    " `{python} -m pip install torch==2.13.0`, then this command again (an installer other than pip also needs"
+    " `pip install torch==2.13.0`, then this command again (an installer other than pip also needs"
     " --no-build-isolation)."
 )
 

@@ -48,6 +48,7 @@ struct BatchNorm : torch::autograd::Function<BatchNorm> {
     ctx->save_for_backward({x, present(weight) ? *weight : Variable(), stats});
     ctx->saved_data["training"] = training;
     ctx->saved_data["bias_dtype"] = present(bias) ? static_cast<int64_t>(bias->scalar_type()) : int64_t{-1};
+    ctx->saved_data["bias_size"] = present(bias) ? bias->sizes().vec() : std::vector<int64_t>();
     ctx->mark_non_differentiable({stats});
     ctx->set_materialize_grads(false);
     return {y, stats};
@@ -67,7 +68,10 @@ struct BatchNorm : torch::autograd::Function<BatchNorm> {
                                  {ctx->needs_input_grad(0), wants_weight, wants_bias});
     if (ctx->needs_input_grad(0)) result[0] = dx;
     if (wants_weight) result[1] = dweight.to(weight.scalar_type()).view_as(weight);
-    if (wants_bias) result[2] = dbias.to(static_cast<at::ScalarType>(bias_dtype));
+    if (wants_bias) {
+      result[2] =
+          dbias.to(static_cast<at::ScalarType>(bias_dtype)).view(ctx->saved_data["bias_size"].toIntVector());
+    }
     return result;
   }
 };
@@ -161,6 +165,11 @@ ForwardResult batch_norm_autograd(const at::Tensor& x, const OptionalTensor& wei
                                   const OptionalTensor& num_batches_tracked, bool training,
                                   std::optional<double> momentum, double eps, bool unbiased_running_var,
                                   at::IntArrayRef ndims) {
+  TORCH_CHECK(x.defined(), "expected input to be a tensor, but got None");
+  for (const auto& [name, t] : {std::pair<const char*, const OptionalTensor&>("running_mean", running_mean),
+                                std::pair<const char*, const OptionalTensor&>("running_var", running_var)}) {
+    TORCH_CHECK(!requires_grad(t), name, " is not differentiable: it cannot have requires_grad=True");
+  }
   ForwardResult result;
   if (at::GradMode::is_enabled() && (x.requires_grad() || requires_grad(weight) || requires_grad(bias))) {
     auto outputs = BatchNorm::apply(x, weight, bias, running_mean, running_var, num_batches_tracked, training,

@@ -105,9 +105,10 @@ inline bool present(const std::optional<at::Tensor>& t) { return t.has_value() &
 
 inline void require_running_pair(const std::optional<at::Tensor>& mean, const std::optional<at::Tensor>& var,
                                  bool training) {
-  TORCH_CHECK_VALUE(present(mean) == present(var),
+  TORCH_CHECK_VALUE(!training || present(mean) == present(var),
                     "running_mean and running_var must either both be None or neither be None");
   TORCH_CHECK(training || present(mean), "running_mean must be defined in evaluation mode");
+  TORCH_CHECK(training || present(var), "running_var must be defined in evaluation mode");
 }
 
 inline void require_counter(const std::optional<at::Tensor>& counter, const at::Tensor& x) {

@@ -62,7 +62,7 @@ BNEXT_HOST_DEVICE NormalizeCoefficients<A> normalize_coefficients(double mean, d
   const A center = static_cast<A>(mean);
   const double scale = weight * invstd;
   const double rest = mean - static_cast<double>(center);
-  return {center, static_cast<A>(scale), static_cast<A>(bias - scale * rest)};
+  return {center, static_cast<A>(scale), static_cast<A>(rest == 0 ? bias : bias - scale * rest)};
 }
 
 template <class V>

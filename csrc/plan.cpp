@@ -7,13 +7,16 @@ namespace bnext {
 namespace {
 
 constexpr int64_t kLanes = 16;          // elements per vector step (cpu/vector.h)
+constexpr int64_t kLongRun = 512;       // elements: from here on a plane's tail does not matter
 constexpr int64_t kShortRun = 64;       // elements: shorter planes lose too much to their tails
 constexpr int64_t kRunBytes = 8 << 10;  // contiguous bytes a slab should read per outer index: two pages
 constexpr int64_t kColumnBytes =
     8 << 10;                            // narrowest column slab: narrower ones read at half the rate or less
 constexpr int64_t kLineBytes = 64;      // of a cache line, and of the widest vector
 constexpr int64_t kTileColumns = 2048;  // elements: accumulators and coefficients of a row tile stay in L1/L2
-constexpr int64_t kFoldColumns = 128;   // rows narrower than this are folded
+constexpr int64_t kSharedColumns =
+    512;  // elements: rows this many times wider need that many times fewer chunks
+constexpr int64_t kFoldColumns = 128;         // rows narrower than this are folded
 constexpr int64_t kSerialElements = 1 << 15;  // below this a parallel region costs more than it saves
 constexpr int64_t kChunkElements = 1 << 16;   // smallest chunk worth its own partial sums
 constexpr int64_t kMaxParts = 64;  // slabs * chunks aimed at: enough for any thread count to balance
@@ -35,9 +38,12 @@ Geometry make_geometry(const Extent& extent) {
   // A single channel is one run whatever the layout says.
   if (extent.channels == 1) geometry.extent = {1, 1, extent.numel()};
   const Extent& e = geometry.extent;
-  geometry.traversal = e.inner >= kShortRun || e.channels == 1 ? Traversal::planes : Traversal::rows;
+  geometry.traversal =
+      e.channels == 1 || e.inner >= kLongRun || (e.inner >= kShortRun && e.inner % kLanes == 0)
+          ? Traversal::planes
+          : Traversal::rows;
   const int64_t row = e.channels * e.inner;
-  if (geometry.traversal == Traversal::rows && row < kFoldColumns) {
+  if (geometry.traversal == Traversal::rows && row > 0 && row < kFoldColumns) {
     const int64_t whole = kLanes / gcd(row, kLanes);  // rows per whole number of vectors
     const int64_t fold = round_up(ceil_div(kFoldColumns, row), whole);
     if (e.outer >= 4 * fold) geometry.fold = fold;
@@ -70,6 +76,11 @@ Plan make_plan(const Problem& problem, const Machine& machine) {
   plan.geometry = make_geometry(problem.extent);
   const Extent& e = plan.geometry.extent;
   const int64_t element = size_of(problem.dtype);
+  if (e.numel() == 0) {  // nothing to cut
+    plan.slab_channels = e.channels;
+    plan.schedule = traffic(problem.pass).read_by_reduce == 0 ? Schedule::map : Schedule::fused;
+    return plan;
+  }
   const int64_t tensor_bytes = e.numel() * element;
   const Traffic tensors = traffic(problem.pass);
   const int64_t kept = std::max<int64_t>(tensors.read_by_reduce, 1);  // tensors between the two passes
@@ -105,8 +116,11 @@ Plan make_plan(const Problem& problem, const Machine& machine) {
   const int64_t positions = plan.geometry.positions();
   const int64_t per_position = std::max<int64_t>(1, e.numel() / std::max<int64_t>(1, positions));
   const int64_t shortest = std::max<int64_t>(1, kChunkElements / per_position);
-  const int64_t planes_or_one = plan.geometry.traversal == Traversal::planes ? e.channels : 1;
-  plan.chunk_length = std::max(ceil_div(positions, ceil_div(kMaxParts, planes_or_one)), shortest);
+  // Wide rows can also be shared out by columns, planes by channels.
+  const int64_t across = plan.geometry.traversal == Traversal::planes
+                             ? e.channels
+                             : ceil_div(plan.geometry.row_length(), kSharedColumns);
+  plan.chunk_length = std::max(ceil_div(positions, ceil_div(kMaxParts, across)), shortest);
   plan.chunk_length = plan.geometry.traversal == Traversal::planes
                           ? round_up(plan.chunk_length, plan.chunk_length >= e.inner ? e.inner : kLanes)
                           : round_up(plan.chunk_length, kLanes);

@@ -39,6 +39,7 @@ struct BackwardWork {
   }
 
   void prepare(int64_t, int64_t) {}
+  bool recenter(int64_t, int64_t, const Sums*) { return false; }
 
   void fold(int64_t channel_begin, int64_t channel_end, const Sums* sums) {
     const auto count = static_cast<double>(args.extent.count());

@@ -46,6 +46,22 @@ struct ForwardWork {
     }
   }
 
+  // A first element more than four standard deviations from the mean is a bad center: M2 = second - n*delta^2
+  // would cancel more than 16 parts in 17. Moves such centers to the mean and says whether the slab must be
+  // reduced again.
+  bool recenter(int64_t channel_begin, int64_t channel_end, const Sums* sums) {
+    bool moved = false;
+    for (int64_t c = channel_begin; c < channel_end; ++c) {
+      const Sums& s = sums[c - channel_begin];
+      const double delta = s.first / static_cast<double>(args.extent.count());
+      if (!(s.first * delta > 16 * (s.second - s.first * delta)) || !std::isfinite(s.second)) continue;
+      const auto better = static_cast<double>(static_cast<summath_t<T>>(center[c] + delta));
+      moved |= better != center[c];
+      center[c] = better;
+    }
+    return moved;
+  }
+
   void fold(int64_t channel_begin, int64_t channel_end, const Sums* sums) {
     const auto count = static_cast<double>(args.extent.count());
     A* const out[3] = {coefficients.get(), coefficients.get() + args.extent.channels,

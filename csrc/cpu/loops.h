@@ -5,9 +5,10 @@
 // columns are (outer fold, channel, inner) elements; reducers keep a double sum per column. Maps walk from
 // the end to the beginning: what the reduce read last is still in cache.
 
-constexpr int64_t kFlush = 32;     // vector steps a sum may stay in SumMath before it is added to a double
-constexpr int64_t kRowBlock = 16;  // rows a reducer walks together: at most kFlush
-constexpr int64_t kRowGroup = 4;   // rows a map walks together: coefficients are loaded once for them
+constexpr int64_t kFlush = 32;    // vector steps a sum may stay in SumMath before it is added to a double
+constexpr int64_t kRowBlock = 8;  // rows a reducer walks together: at most kFlush
+constexpr int64_t kRowGroup = 4;  // rows a map walks together if coefficients crowd the L1 cache
+constexpr int64_t kNearBytes = 8 << 10;      // of coefficients that do not: rows are walked one by one
 constexpr int64_t kStretchBytes = 64 << 10;  // ascending part of a descending walk
 
 template <class A>
@@ -104,6 +105,17 @@ void map_planes(const Operands& operands, const Geometry& geometry, const Tile& 
 
 // ---- rows ----
 
+// In eight interleaved parts, so that the additions do not wait for each other.
+BNEXT_INLINE double sum(const double* values, int64_t n) {
+  double part[8] = {};
+  int64_t i = 0;
+  for (; i + 8 <= n; i += 8) {
+    for (int k = 0; k < 8; ++k) part[k] += values[i + k];
+  }
+  for (int k = 0; i < n; ++i, ++k) part[k] += values[i];
+  return ((part[0] + part[1]) + (part[2] + part[3])) + ((part[4] + part[5]) + (part[6] + part[7]));
+}
+
 // The columns of a tile. A folded row holds all channels, fold times over; otherwise columns are whole
 // channels.
 struct Columns {
@@ -118,12 +130,31 @@ struct Columns {
         count(geometry.fold > 1 ? geometry.row_length() : t.channels() * e.inner),
         row_length(geometry.row_length()) {}
 
-  // f(column within the tile, channel), columns ascending.
-  template <class F>
-  BNEXT_INLINE void for_each(F f) const {
-    for (int64_t column = 0; column < count;) {
-      for (int64_t channel = tile.channel_begin; channel < tile.channel_end; ++channel) {
-        for (int64_t i = 0; i < e.inner; ++i) f(column++, channel);
+  // column[j] = per_channel[channel of j]
+  template <class A, class B>
+  BNEXT_INLINE void expand(A* column, const B* per_channel) const {
+    for (int64_t j = 0; j < count; j += tile.channels() * e.inner) {
+      if (e.inner == 1) {
+        for (int64_t k = 0; k < tile.channels(); ++k)
+          column[j + k] = static_cast<A>(per_channel[tile.channel_begin + k]);
+        continue;
+      }
+      for (int64_t k = 0; k < tile.channels(); ++k) {
+        const A value = static_cast<A>(per_channel[tile.channel_begin + k]);
+        for (int64_t i = 0; i < e.inner; ++i) column[j + k * e.inner + i] = value;
+      }
+    }
+  }
+
+  // sums[channel] += the columns of the channel
+  BNEXT_INLINE void collapse(const double* first, const double* second, Sums* sums) const {
+    for (int64_t j = 0; j < count; j += tile.channels() * e.inner) {
+      if (e.inner == 1) {
+        for (int64_t k = 0; k < tile.channels(); ++k) sums[k] += {first[j + k], second[j + k]};
+        continue;
+      }
+      for (int64_t k = 0; k < tile.channels(); ++k) {
+        sums[k] += {sum(first + j + k * e.inner, e.inner), sum(second + j + k * e.inner, e.inner)};
       }
     }
   }
@@ -143,9 +174,7 @@ void reduce_rows(const Operands& operands, const Geometry& geometry, const Tile&
   Math* center = reinterpret_cast<Math*>(second + stride);
   for (int64_t j = 0; j < 2 * stride; ++j) first[j] = 0;
   for (int64_t j = columns.count; j < stride; ++j) center[j] = 0;
-  columns.for_each([&](int64_t column, int64_t channel) __attribute__((always_inline)) {
-    center[column] = static_cast<Math>(operands.center[channel]);
-  });
+  columns.expand(center, operands.center);
 
   // Rows [from, to) of `width` columns, a strip of sixteen at a time. No hardware prefetcher follows that
   // order, so each step fetches its place in the next block. Lanes past the last column go into padding that
@@ -175,9 +204,7 @@ void reduce_rows(const Operands& operands, const Geometry& geometry, const Tile&
     block(r, r + kRowBlock < end ? r + kRowBlock : end, columns.count);
   if (tile.end > whole_rows) block(whole_rows, whole_rows + 1, numel - whole_rows * columns.row_length);
 
-  columns.for_each([&](int64_t column, int64_t channel) __attribute__((always_inline)) {
-    sums[channel - tile.channel_begin] += Sums{first[column], second[column]};
-  });
+  columns.collapse(first, second, sums);
 }
 
 template <class Map>
@@ -192,8 +219,7 @@ void map_rows(const Operands& operands, const Geometry& geometry, const Tile& ti
     const Math* source = static_cast<const Math*>(operands.coefficients[k]);
     Math* row = expanded + k * stride;
     for (int64_t j = columns.count; j < stride; ++j) row[j] = 0;
-    columns.for_each([&](int64_t column, int64_t channel)
-                         __attribute__((always_inline)) { row[column] = source[channel]; });
+    columns.expand(row, source);
   }
 
   auto block = [&](int64_t from, int64_t to, int64_t width) __attribute__((always_inline)) {
@@ -215,11 +241,12 @@ void map_rows(const Operands& operands, const Geometry& geometry, const Tile& ti
   const int64_t end = tile.end < whole_rows ? tile.end : whole_rows;
   if (tile.end > whole_rows) block(whole_rows, whole_rows + 1, numel - whole_rows * columns.row_length);
   const int64_t row_bytes = columns.count * static_cast<int64_t>(sizeof(typename Map::Storage));
+  const int64_t group = stride * kCount * static_cast<int64_t>(sizeof(Math)) <= kNearBytes ? 1 : kRowGroup;
   const int64_t stretch = (kStretchBytes / row_bytes / kRowGroup + 1) * kRowGroup;
   for (int64_t stop = end; stop > tile.begin; stop -= stretch) {
     const int64_t start = stop - stretch > tile.begin ? stop - stretch : tile.begin;
-    for (int64_t r = start; r < stop; r += kRowGroup)
-      block(r, r + kRowGroup < stop ? r + kRowGroup : stop, columns.count);
+    for (int64_t r = start; r < stop; r += group)
+      block(r, r + group < stop ? r + group : stop, columns.count);
   }
   if constexpr (Map::kStreaming) streaming_fence();
 }

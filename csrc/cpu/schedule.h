@@ -43,8 +43,9 @@ inline bool can_stream(const Plan& plan, const void* out) {
 
 // Work holds `operands`, `reduce` and `map` (tile functions or null), and
 //   prepare(channel_begin, channel_end)             before a slab is reduced,
-//   fold(channel_begin, channel_end, const Sums*)   between reduce and map; sums are null where nothing was
-//   reduced.
+//   recenter(channel_begin, channel_end, sums)      says whether the sums must be taken again around better
+//   centers, fold(channel_begin, channel_end, const Sums*)   between reduce and map; sums are null where
+//   nothing was reduced.
 template <class Work>
 void run(const Plan& plan, Work& work) {
   const Geometry& geometry = plan.geometry;
@@ -65,13 +66,18 @@ void run(const Plan& plan, Work& work) {
       const Tile tile = tile_at(slab, 0);
       work.prepare(tile.channel_begin, tile.channel_end);
     });
-    for_each_task(plan.threads, tiles, [&](int64_t k) {
-      const Tile tile = tile_at(k % plan.slabs, k / plan.slabs);
-      call(work.reduce, tile, partial.data() + k / plan.slabs * channels + tile.channel_begin);
-    });
-    for (int64_t chunk = 1; chunk < plan.chunks; ++chunk) {
-      for (int64_t c = 0; c < channels; ++c) partial[c] += partial[chunk * channels + c];
-    }
+    auto reduce = [&] {
+      std::fill(partial.begin(), partial.end(), Sums{});
+      for_each_task(plan.threads, tiles, [&](int64_t k) {
+        const Tile tile = tile_at(k % plan.slabs, k / plan.slabs);
+        call(work.reduce, tile, partial.data() + k / plan.slabs * channels + tile.channel_begin);
+      });
+      for (int64_t chunk = 1; chunk < plan.chunks; ++chunk) {
+        for (int64_t c = 0; c < channels; ++c) partial[c] += partial[chunk * channels + c];
+      }
+    };
+    reduce();
+    if (work.recenter(0, channels, partial.data())) reduce();
     work.fold(0, channels, partial.data());
     if (work.map == nullptr) return;
     for_each_task<true>(plan.threads, tiles,
@@ -84,11 +90,16 @@ void run(const Plan& plan, Work& work) {
       const Tile whole = tile_at(slab, 0);
       std::vector<Sums> sums(whole.channels()), part(whole.channels());
       work.prepare(whole.channel_begin, whole.channel_end);
-      for (int64_t chunk = 0; chunk < plan.chunks; ++chunk) {
-        std::fill(part.begin(), part.end(), Sums{});
-        call(work.reduce, tile_at(slab, chunk), part.data());
-        for (int64_t k = 0; k < whole.channels(); ++k) sums[k] += part[k];
-      }
+      auto reduce = [&] {
+        std::fill(sums.begin(), sums.end(), Sums{});
+        for (int64_t chunk = 0; chunk < plan.chunks; ++chunk) {
+          std::fill(part.begin(), part.end(), Sums{});
+          call(work.reduce, tile_at(slab, chunk), part.data());
+          for (int64_t k = 0; k < whole.channels(); ++k) sums[k] += part[k];
+        }
+      };
+      reduce();
+      if (work.recenter(whole.channel_begin, whole.channel_end, sums.data())) reduce();
       work.fold(whole.channel_begin, whole.channel_end, sums.data());
       if (work.map == nullptr) return;
       for (int64_t chunk = plan.chunks; chunk-- > 0;) call(work.map, tile_at(slab, chunk), nullptr);

@@ -1,0 +1,111 @@
+"""What depends on the machine: every instruction set that was compiled, and tensors larger than the caches."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import bnext
+from bnext.functional import batch_norm
+from cases import BFLOAT16_WITH_FLOAT32, FLOAT32, FLOAT64, LAYOUT, Dtypes
+from problem import Problem
+
+ROOT = Path(__file__).resolve().parents[1]
+BUILD = bnext.build_info()
+SETS = list(BUILD["instruction_sets"])
+# From the chosen one on: the table is ordered, and what comes before it this machine cannot run.
+RUNNABLE = SETS[SETS.index(BUILD["instruction_set"]) :]
+
+
+def python(instruction_set: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"BNEXT_INSTRUCTION_SET": instruction_set}
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
+    )
+
+
+@pytest.mark.parametrize("instruction_set", [name for name in RUNNABLE if name != BUILD["instruction_set"]])
+def test_every_instruction_set(instruction_set: str) -> None:
+    """The best one is what all other tests run; each of the others passes these, for planes and for rows."""
+    chosen = python(instruction_set, "-c", "import bnext; print(bnext.build_info()['instruction_set'])")
+    assert chosen.stdout.strip() == instruction_set, chosen.stderr
+    files = [f"tests/test_{name}.py" for name in ("forward", "backward", "accuracy")]
+    some = "(nchw- or nhwc-) and not sizes or every_16_bit_value"
+    run = python(instruction_set, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", some, *files)
+    assert run.returncode == 0, run.stdout[-3000:]
+
+
+def test_unknown_instruction_set() -> None:
+    run = python("x86-64-v9", "-c", "import bnext; bnext.build_info()")
+    assert run.returncode != 0
+    assert "BNEXT_INSTRUCTION_SET: expected one of" in run.stderr
+    assert "got x86-64-v9" in run.stderr
+
+
+# Bytes of x alone, so that x and y together are half as large again as the last-level cache. Beyond a gigabyte the
+# test would need more memory than it is worth; the limit then tests the largest tensors that are.
+LARGE_BYTES = min(max(3 * BUILD["shared_cache"] // 4, 1 << 22), 1 << 30)
+# (C, H, W): planes and rows of whole cache lines, which streaming stores want, and of odd lengths.
+PLANES = [(64, 56, 56), (48, 16, 16), (33, 31, 17)]
+
+
+@pytest.mark.skipif(
+    not BUILD["shared_cache"], reason="the system does not say how large the last-level cache is"
+)
+def test_streaming_stores_are_among_the_cases() -> None:
+    """Without them the next test would prove less than it says."""
+    plans = [
+        bnext.plan((LARGE_BYTES // (4 * c * h * w), c, h, w), layout=layout, backward=backward)
+        for c, h, w in PLANES
+        for layout in ("contiguous", "channels_last")
+        for backward in (False, True)
+    ]
+    assert {plan.streaming_stores for plan in plans} == {True, False}
+
+
+def channel_of(x: Tensor, channel: int) -> Tensor:
+    return x.detach()[:, channel : channel + 1].contiguous()
+
+
+@pytest.mark.parametrize("dtypes", [FLOAT32, FLOAT64, BFLOAT16_WITH_FLOAT32], ids=str)
+@pytest.mark.parametrize("plane", PLANES, ids=str)
+@pytest.mark.parametrize("layout", ["nchw", "nhwc"])
+def test_larger_than_the_last_level_cache(layout: str, plane: tuple[int, int, int], dtypes: Dtypes) -> None:
+    """Two channels are checked; all others hold the values of one of them and must have its bits in every result."""
+    channels, height, width = plane
+    batch = LARGE_BYTES // (channels * height * width * dtypes.input.itemsize)
+    generator = torch.Generator().manual_seed(8)
+    x, dy = (
+        torch.randn(batch, 2, height, width, generator=generator)
+        .to(dtypes.input)
+        .repeat(1, channels // 2 + 1, 1, 1)
+        for _ in range(2)
+    )
+    x, dy = (LAYOUT[layout].arrange(t[:, :channels]) for t in (x, dy))
+    weight = torch.full((channels,), 0.75, dtype=dtypes.parameters, requires_grad=True)
+    bias = torch.full((channels,), 0.5, dtype=dtypes.parameters, requires_grad=True)
+    y = batch_norm(x.requires_grad_(), None, None, weight, bias, training=True)
+    dx, dweight, dbias = torch.autograd.grad(y, (x, weight, bias), dy)
+    for channel in (0, 1):
+        one = Problem(
+            channel_of(x, channel),
+            channel_of(dy, channel),
+            weight[:1].detach(),
+            bias[:1].detach(),
+            None,
+            None,
+            True,
+        )
+        one.check_output(channel_of(y, channel))
+        one.check_input_grad(channel_of(dx, channel))
+        one.check_weight_grad(dweight[channel : channel + 1])
+        one.check_bias_grad(dbias[channel : channel + 1])
+    for result in (y.detach(), dx, dweight.view(1, -1), dbias.view(1, -1)):
+        for channel in range(2, channels):
+            assert torch.equal(result[:, channel], result[:, channel % 2]), channel
