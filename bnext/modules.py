@@ -43,7 +43,8 @@ class _FusedBatchNorm(nn.modules.batchnorm._BatchNorm):
 
     def extra_repr(self) -> str:
         """Torch's line, and the convention of the running variance where it is not torch's."""
-        return str(super().extra_repr()) + ("" if self.unbiased_running_var else ", unbiased_running_var=False")
+        line = str(super().extra_repr())
+        return line if self.unbiased_running_var else f"{line}, unbiased_running_var=False"
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalises input (N, C, ...); see :func:`bnext.functional.batch_norm`."""
