@@ -64,7 +64,11 @@ py::dict build_info() {
   const bnext::Machine machine = bnext::cpu::machine(1);
   py::dict info;
   info["torch"] = TORCH_VERSION;
+#if defined(__clang__)
   info["compiler"] = __VERSION__;
+#else
+  info["compiler"] = "GCC " __VERSION__;
+#endif
   info["instruction_sets"] = compiled;
   info["instruction_set"] = bnext::cpu::instruction_set().name;
 #if defined(_OPENMP)
