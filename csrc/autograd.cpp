@@ -172,7 +172,9 @@ ForwardResult batch_norm_autograd(const at::Tensor& x, const OptionalTensor& wei
   }
   ForwardResult result;
   if (at::GradMode::is_enabled() && (x.requires_grad() || requires_grad(weight) || requires_grad(bias))) {
-    auto outputs = BatchNorm::apply(x, weight, bias, running_mean, running_var, num_batches_tracked, training,
+    // Backward keeps a copy of the weight: loading a state between forward and backward must not disturb it.
+    const OptionalTensor kept = present(weight) ? OptionalTensor(weight->clone()) : weight;
+    auto outputs = BatchNorm::apply(x, kept, bias, running_mean, running_var, num_batches_tracked, training,
                                     momentum, eps, unbiased_running_var, ndims);
     result = {outputs[0], outputs[1]};
   } else {
