@@ -1,7 +1,7 @@
 // Autograd nodes over the operators, to any order.
 //
-// What the forward keeps: x, weight, and the statistics; never a running buffer. The backward is an operator
-// of its own, whose derivative is written in differentiable torch operations.
+// What the forward keeps: x, a copy of the weight, and the statistics; never a running buffer. The backward
+// is an operator of its own, whose derivative is written in differentiable torch operations.
 #include <ATen/ATen.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/csrc/autograd/custom_function.h>
