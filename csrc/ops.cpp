@@ -1,6 +1,7 @@
 // Tensor level: check, extent, plan, allocate, launch.
 #include "ops.h"
 
+#include <ATen/EmptyTensor.h>
 #include <ATen/MemoryOverlap.h>
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
@@ -8,7 +9,7 @@
 
 #include "checks.h"
 #include "cpu/launch.h"
-#include "cpu/memory.h"
+#include "output_memory.h"
 
 namespace bnext {
 
@@ -76,10 +77,9 @@ struct Parameter {
   }
 };
 
-at::Tensor empty_output(const at::Tensor& dense) {
-  at::Tensor out = at::empty_like(dense);
-  cpu::advise_huge_pages(out.data_ptr(), out.nbytes());
-  return out;
+at::Tensor empty_output(const at::Tensor& dense, at::MemoryFormat format) {
+  return at::detail::empty_generic(dense.sizes(), output_allocator(dense.nbytes()),
+                                   c10::DispatchKeySet(c10::DispatchKey::CPU), dense.scalar_type(), format);
 }
 
 Plan plan_for(const Input& input, Pass pass) {
@@ -130,7 +130,7 @@ ForwardResult batch_norm_cpu(const at::Tensor& x, const OptionalTensor& weight, 
     var.require_writable();
   }
   const Input input(x);
-  at::Tensor y = empty_output(input.dense);
+  at::Tensor y = empty_output(input.dense, input.format);
   at::Tensor stats = at::empty({2, x.size(1)}, x.options().dtype(at::kDouble).memory_format(c10::nullopt));
 
   ForwardArgs args;
@@ -168,7 +168,7 @@ BackwardResult batch_norm_backward_cpu(const at::Tensor& dy, const at::Tensor& x
   const Parameter w(weight);
   const auto options = parameter_grad_options(x);
   auto per_channel = [&](bool wanted) { return at::empty({wanted ? x.size(1) : 0}, options); };
-  at::Tensor dx = output_mask[0] ? empty_output(input.dense) : at::empty({0}, x.options());
+  at::Tensor dx = output_mask[0] ? empty_output(input.dense, input.format) : at::empty({0}, x.options());
   at::Tensor dweight = per_channel(output_mask[1]), dbias = per_channel(output_mask[2]);
 
   BackwardArgs args;

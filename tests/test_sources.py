@@ -24,7 +24,7 @@ GENERATED = {ROOT / "bnext" / "_build_info.py"}
 LONGEST = 300
 
 PLAIN = {"storage.h", "args.h", "formulas.h", "dispatch.h", "plan.h", "plan.cpp"}
-TENSOR_LEVEL = {"checks.h", "ops.h", "ops.cpp", "autograd.cpp"}
+TENSOR_LEVEL = {"checks.h", "ops.h", "ops.cpp", "autograd.cpp", "output_memory.h", "output_memory.cpp"}
 TORCH = re.compile(r"^(ATen|c10|torch|pybind11)/")
 
 

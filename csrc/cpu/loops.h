@@ -7,8 +7,7 @@
 
 constexpr int64_t kFlush = 32;    // vector steps a sum may stay in SumMath before it is added to a double
 constexpr int64_t kRowBlock = 8;  // rows a reducer walks together: at most kFlush
-constexpr int64_t kRowGroup = 4;  // rows a map walks together if coefficients crowd the L1 cache
-constexpr int64_t kNearBytes = 8 << 10;      // of coefficients that do not: rows are walked one by one
+constexpr int kRowGroup = 4;      // rows a map walks together
 constexpr int64_t kStretchBytes = 64 << 10;  // ascending part of a descending walk
 
 template <class A>
@@ -91,10 +90,11 @@ void map_planes(const Operands& operands, const Geometry& geometry, const Tile& 
   const int64_t numel = e.numel();
   for_each_run<true>(e, tile,
                      [&](int64_t channel, int64_t offset, int64_t length) __attribute__((always_inline)) {
-                       Lanes<Math> c[Map::kCoefficients];
-                       for (int k = 0; k < Map::kCoefficients; ++k) {
-                         c[k] = splat(static_cast<const Math*>(operands.coefficients[k])[channel]);
-                       }
+                       const auto c = coefficients_from<Math>(
+                           [&](int k) __attribute__((always_inline)) {
+                             return splat(static_cast<const Math*>(operands.coefficients[k])[channel]);
+                           },
+                           typename CountTo<Map::kCoefficients>::type{});
                        int64_t i = 0;
                        for (; i + kLanes <= length; i += kLanes) map.step(offset + i, c, Full{});
                        if (i < length)
@@ -222,31 +222,31 @@ void map_rows(const Operands& operands, const Geometry& geometry, const Tile& ti
     columns.expand(row, source);
   }
 
-  auto block = [&](int64_t from, int64_t to, int64_t width) __attribute__((always_inline)) {
-    for (int64_t j = 0; j < width; j += kLanes) {
-      Lanes<Math> c[kCount];
-      for (int k = 0; k < kCount; ++k) c[k] = load<Math>(expanded + k * stride + j);
-      const int64_t left = width - j;
-      int64_t offset = from * columns.row_length + columns.begin + j;
-      if (left >= kLanes) {
-        for (int64_t r = from; r < to; ++r, offset += columns.row_length) map.step(offset, c, Full{});
-      } else {
-        for (int64_t r = from; r < to; ++r, offset += columns.row_length) {
-          map.step(offset, c, First{left, offset + kLanes <= numel});
-        }
-      }
-    }
+  // kRows rows of `width` columns side by side, so that coefficients are loaded once for all of them.
+  auto rows = [&]<int kRows>(Index<kRows>, int64_t row, int64_t width) __attribute__((always_inline)) {
+    const int64_t offset = row * columns.row_length + columns.begin;
+    int64_t j = 0;
+    auto step = [&](auto span) __attribute__((always_inline)) {
+      const auto c = coefficients_from<Math>(
+          [&](int k) __attribute__((always_inline)) { return load<Math>(expanded + k * stride + j); },
+          typename CountTo<kCount>::type{});
+      for_each_index([&](auto r) __attribute__((
+                         always_inline)) { map.step(offset + j + r.value * columns.row_length, c, span); },
+                     typename CountTo<kRows>::type{});
+    };
+    for (; j + kLanes <= width; j += kLanes) step(Full{});
+    const int64_t last = offset + (kRows - 1) * columns.row_length + j;
+    if (j < width) step(First{width - j, last + kLanes <= numel});
   };
   const int64_t whole_rows = numel / columns.row_length;
   const int64_t end = tile.end < whole_rows ? tile.end : whole_rows;
-  if (tile.end > whole_rows) block(whole_rows, whole_rows + 1, numel - whole_rows * columns.row_length);
+  if (tile.end > whole_rows) rows(Index<1>{}, whole_rows, numel - whole_rows * columns.row_length);
   const int64_t row_bytes = columns.count * static_cast<int64_t>(sizeof(typename Map::Storage));
-  const int64_t group = stride * kCount * static_cast<int64_t>(sizeof(Math)) <= kNearBytes ? 1 : kRowGroup;
   const int64_t stretch = (kStretchBytes / row_bytes / kRowGroup + 1) * kRowGroup;
   for (int64_t stop = end; stop > tile.begin; stop -= stretch) {
-    const int64_t start = stop - stretch > tile.begin ? stop - stretch : tile.begin;
-    for (int64_t r = start; r < stop; r += group)
-      block(r, r + group < stop ? r + group : stop, columns.count);
+    int64_t row = stop - stretch > tile.begin ? stop - stretch : tile.begin;
+    for (; row + kRowGroup <= stop; row += kRowGroup) rows(Index<kRowGroup>{}, row, columns.count);
+    for (; row < stop; ++row) rows(Index<1>{}, row, columns.count);
   }
   if constexpr (Map::kStreaming) streaming_fence();
 }

@@ -1,30 +1,29 @@
-// Memory of the operating system: huge pages for large new tensors.
+// Memory for large new tensors: huge pages, and kept for the next tensor of the size.
+//
+// Memory fresh from the system faults at every first touch and is zeroed there, which costs as much as
+// normalizing it. A training step asks for the same sizes again and again, so freed blocks are kept. The
+// system may take their pages back while they are unused (MADV_FREE): under memory pressure, keeping them
+// costs nobody anything.
 #pragma once
 
 #include <cstddef>
-#include <cstdint>
-
-#if defined(__linux__)
-#include <sys/mman.h>
-#include <unistd.h>
-#endif
 
 namespace bnext::cpu {
 
-// A fresh large allocation faults once per 4 KiB page, which costs more than the normalization itself; 2 MiB
-// pages take that away. Below this size the allocator mostly hands out memory that was touched before.
-constexpr size_t kHugePageBytes = size_t{4} << 20;
+// Below this size the C library's allocator mostly hands out memory that was touched before.
+constexpr size_t kLargeBytes = size_t{4} << 20;
 
-inline void advise_huge_pages(void* data, size_t bytes) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  if (bytes < kHugePageBytes) return;
-  static const auto page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
-  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + page - 1) / page * page;
-  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) / page * page;
-  madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // advice: failure changes nothing
-#else
-  (void)data, (void)bytes;
-#endif
-}
+// A block of at least `bytes`, aligned to a huge page; null where the system has none. Thread-safe, as all
+// here.
+void* acquire_block(size_t bytes) noexcept;
+
+// Gives back what acquire_block returned for the same number of bytes.
+void release_block(void* data, size_t bytes) noexcept;
+
+// Unmaps every block that is kept. Returns their bytes.
+size_t empty_cache() noexcept;
+
+// Bytes of blocks that are kept for reuse.
+size_t cached_bytes() noexcept;
 
 }  // namespace bnext::cpu

@@ -96,9 +96,9 @@ struct NormalizeMap {
       : x(static_cast<const T*>(operands.x)), y(static_cast<T*>(operands.out)) {}
 
   template <class Span>
-  BNEXT_INLINE void step(int64_t offset, const Lanes<Math> (&c)[kCoefficients], Span span) const {
+  BNEXT_INLINE void step(int64_t offset, const Coefficients<Math, kCoefficients>& c, Span span) const {
     span.template store_lanes<Streaming>(
-        y + offset, normalize(span.template load_lanes<Math>(x + offset), c[0], c[1], c[2]));
+        y + offset, normalize(span.template load_lanes<Math>(x + offset), c.k[0], c.k[1], c.k[2]));
   }
 };
 
@@ -118,10 +118,10 @@ struct InputGradMap {
         dx(static_cast<T*>(operands.out)) {}
 
   template <class Span>
-  BNEXT_INLINE void step(int64_t offset, const Lanes<Math> (&c)[kCoefficients], Span span) const {
+  BNEXT_INLINE void step(int64_t offset, const Coefficients<Math, kCoefficients>& c, Span span) const {
     span.template store_lanes<Streaming>(
         dx + offset, input_grad(span.template load_lanes<Math>(dy + offset),
-                                span.template load_lanes<Math>(x + offset), c[0], c[1], c[2], c[3]));
+                                span.template load_lanes<Math>(x + offset), c.k[0], c.k[1], c.k[2], c.k[3]));
   }
 };
 
@@ -139,7 +139,7 @@ struct FrozenInputGradMap {
       : dy(static_cast<const T*>(operands.dy)), dx(static_cast<T*>(operands.out)) {}
 
   template <class Span>
-  BNEXT_INLINE void step(int64_t offset, const Lanes<Math> (&c)[kCoefficients], Span span) const {
-    span.template store_lanes<Streaming>(dx + offset, span.template load_lanes<Math>(dy + offset) * c[0]);
+  BNEXT_INLINE void step(int64_t offset, const Coefficients<Math, kCoefficients>& c, Span span) const {
+    span.template store_lanes<Streaming>(dx + offset, span.template load_lanes<Math>(dy + offset) * c.k[0]);
   }
 };

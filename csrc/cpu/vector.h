@@ -69,6 +69,22 @@ BNEXT_INLINE Lanes<A> splat(A value) {
   return generate<A>([&](auto) __attribute__((always_inline)) { return value - Native<A>{}; });
 }
 
+// f(Index<0>), f(Index<1>) and so on, unrolled.
+template <class F, int... I>
+BNEXT_INLINE void for_each_index(F f, Indices<I...>) {
+  (f(Index<I>{}), ...);
+}
+
+// A map's coefficients for sixteen lanes; made in one expression, so that they live in registers.
+template <class A, int N>
+struct Coefficients {
+  Lanes<A> k[N];
+};
+template <class A, class F, int... I>
+BNEXT_INLINE Coefficients<A, sizeof...(I)> coefficients_from(F f, Indices<I...>) {
+  return {{f(I)...}};
+}
+
 template <class V>
 BNEXT_INLINE V load_native(const void* p) {
   V v;

@@ -1,0 +1,118 @@
+// Free blocks by size, most recently used first.
+#include "cpu/memory.h"
+
+#include <cstdint>
+#include <map>
+#include <mutex>
+#include <vector>
+
+#if defined(__linux__)
+#include <pthread.h>
+#include <sys/mman.h>
+#include <unistd.h>
+#endif
+
+namespace bnext::cpu {
+
+#if defined(__linux__) && defined(MADV_HUGEPAGE) && defined(MADV_FREE)
+namespace {
+
+constexpr size_t kHugePage = size_t{2} << 20;
+
+size_t round_up(size_t bytes) { return (bytes + kHugePage - 1) / kHugePage * kHugePage; }
+
+struct Cache {
+  std::mutex mutex;
+  std::map<size_t, std::vector<void*>> blocks;  // by rounded size
+  size_t bytes = 0;
+  size_t limit = 0;  // a quarter of the machine's memory
+
+  Cache() {
+    limit = static_cast<size_t>(sysconf(_SC_PHYS_PAGES)) * static_cast<size_t>(sysconf(_SC_PAGESIZE)) / 4;
+    // A child of fork must not find the mutex held by a thread that it does not have.
+    pthread_atfork([] { cache().mutex.lock(); }, [] { cache().mutex.unlock(); },
+                   [] { cache().mutex.unlock(); });
+  }
+
+  // Never destroyed: tensors may outlive every static object.
+  static Cache& cache() {
+    static Cache& instance = *new Cache;
+    return instance;
+  }
+};
+
+// Anonymous memory, huge pages wished for. Mapped with room for alignment, which is given back.
+void* map_block(size_t bytes) {
+  void* raw = mmap(nullptr, bytes + kHugePage, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (raw == MAP_FAILED) return nullptr;
+  const auto address = reinterpret_cast<uintptr_t>(raw);
+  const uintptr_t begin = (address + kHugePage - 1) / kHugePage * kHugePage, head = begin - address;
+  if (head != 0) munmap(raw, head);
+  if (head != kHugePage) munmap(reinterpret_cast<void*>(begin + bytes), kHugePage - head);
+  madvise(reinterpret_cast<void*>(begin), bytes, MADV_HUGEPAGE);  // advice: failure changes nothing
+  return reinterpret_cast<void*>(begin);
+}
+
+}  // namespace
+
+void* acquire_block(size_t bytes) noexcept {
+  const size_t size = round_up(bytes);
+  {
+    Cache& cache = Cache::cache();
+    const std::lock_guard lock(cache.mutex);
+    const auto found = cache.blocks.find(size);
+    if (found != cache.blocks.end() && !found->second.empty()) {
+      void* data = found->second.back();
+      found->second.pop_back();
+      cache.bytes -= size;
+      return data;
+    }
+  }
+  void* data = map_block(size);
+  return data == nullptr && empty_cache() > 0 ? map_block(size) : data;
+}
+
+void release_block(void* data, size_t bytes) noexcept {
+  const size_t size = round_up(bytes);
+  Cache& cache = Cache::cache();
+  madvise(data, size, MADV_FREE);
+  const std::lock_guard lock(cache.mutex);
+  try {
+    if (cache.bytes + size <= cache.limit) {
+      cache.blocks[size].push_back(data);
+      cache.bytes += size;
+      return;
+    }
+  } catch (...) {  // no memory for the list
+  }
+  munmap(data, size);
+}
+
+size_t empty_cache() noexcept {
+  Cache& cache = Cache::cache();
+  const std::lock_guard lock(cache.mutex);
+  const size_t freed = cache.bytes;
+  for (auto& [size, blocks] : cache.blocks) {
+    for (void* data : blocks) munmap(data, size);
+  }
+  cache.blocks.clear();
+  cache.bytes = 0;
+  return freed;
+}
+
+size_t cached_bytes() noexcept {
+  Cache& cache = Cache::cache();
+  const std::lock_guard lock(cache.mutex);
+  return cache.bytes;
+}
+
+#else
+
+void* acquire_block(size_t) noexcept { return nullptr; }
+void release_block(void*, size_t) noexcept {}
+size_t empty_cache() noexcept { return 0; }
+size_t cached_bytes() noexcept { return 0; }
+
+#endif
+
+}  // namespace bnext::cpu
