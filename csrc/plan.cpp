@@ -6,14 +6,16 @@
 namespace bnext {
 namespace {
 
-constexpr int64_t kLanes = 16;          // elements per vector step (cpu/vector.h)
-constexpr int64_t kLongRun = 512;       // elements: from here on a plane's tail does not matter
-constexpr int64_t kShortRun = 64;       // elements: shorter planes lose too much to their tails
+constexpr int64_t kLanes = 16;     // elements per vector step (cpu/vector.h)
+constexpr int64_t kLongRun = 512;  // elements: from here on a plane's tail does not matter
+constexpr int64_t kShortRun = 64;  // elements: shorter planes lose too much to their tails
+constexpr int64_t kShortRun16Bit =
+    128;  // the same with 16-bit storage, where tails are small beside conversions
 constexpr int64_t kRunBytes = 8 << 10;  // contiguous bytes a slab should read per outer index: two pages
 constexpr int64_t kColumnBytes =
-    8 << 10;                            // narrowest column slab: narrower ones read at half the rate or less
-constexpr int64_t kLineBytes = 64;      // of a cache line, and of the widest vector
-constexpr int64_t kTileColumns = 2048;  // elements: accumulators and coefficients of a row tile stay in L1/L2
+    8 << 10;                             // narrowest column slab: narrower ones read at half the rate or less
+constexpr int64_t kLineBytes = 64;       // of a cache line, and of the widest vector
+constexpr int64_t kTileBytes = 8 << 10;  // of one tensor in a row of a tile: what goes with it stays in L1/L2
 constexpr int64_t kSharedColumns =
     512;  // elements: rows this many times wider need that many times fewer chunks
 constexpr int64_t kFoldColumns = 128;         // rows narrower than this are folded
@@ -33,15 +35,14 @@ int64_t gcd(int64_t a, int64_t b) {
   return a;
 }
 
-Geometry make_geometry(const Extent& extent) {
+Geometry make_geometry(const Extent& extent, Dtype dtype) {
   Geometry geometry{extent};
   // A single channel is one run whatever the layout says.
   if (extent.channels == 1) geometry.extent = {1, 1, extent.numel()};
   const Extent& e = geometry.extent;
-  geometry.traversal =
-      e.channels == 1 || e.inner >= kLongRun || (e.inner >= kShortRun && e.inner % kLanes == 0)
-          ? Traversal::planes
-          : Traversal::rows;
+  const bool planes = e.channels == 1 || e.inner >= (size_of(dtype) == 2 ? kShortRun16Bit : kLongRun) ||
+                      (e.inner >= kShortRun && e.inner % kLanes == 0);
+  geometry.traversal = planes ? Traversal::planes : Traversal::rows;
   const int64_t row = e.channels * e.inner;
   if (geometry.traversal == Traversal::rows && row > 0 && row < kFoldColumns) {
     const int64_t whole = kLanes / gcd(row, kLanes);  // rows per whole number of vectors
@@ -73,7 +74,7 @@ Traffic traffic(Pass pass) {
 
 Plan make_plan(const Problem& problem, const Machine& machine) {
   Plan plan;
-  plan.geometry = make_geometry(problem.extent);
+  plan.geometry = make_geometry(problem.extent, problem.dtype);
   const Extent& e = plan.geometry.extent;
   const int64_t element = size_of(problem.dtype);
   if (e.numel() == 0) {  // nothing to cut
@@ -101,7 +102,7 @@ Plan make_plan(const Problem& problem, const Machine& machine) {
     fits = e.channels * channel_bytes <= share;
   } else {
     const int64_t unit = kLanes / gcd(e.inner, kLanes);  // channels per whole number of vectors
-    const int64_t widest = std::max(unit, kTileColumns / e.inner / unit * unit);
+    const int64_t widest = std::max(unit, kTileBytes / element / e.inner / unit * unit);
     const int64_t narrowest =
         std::min({widest, e.channels, round_up(ceil_div(kColumnBytes, e.inner * element), unit)});
     const int64_t affordable = share / std::max<int64_t>(1, channel_bytes) / unit * unit;
@@ -146,13 +147,11 @@ Plan make_plan(const Problem& problem, const Machine& machine) {
   plan.bytes_minimum =
       (std::max(tensors.read_by_reduce, tensors.read_by_map) + tensors.written) * tensor_bytes;
 
-  // Past the cache only what would not stay there: the call's tensors together exceed it, and whole lines are
-  // written.
+  // Past the cache only what would not stay there: the call's tensors together exceed it. Whole lines only: a
+  // line that is half streamed, half cached costs several times what streaming saves.
   const int64_t run = plan.geometry.traversal == Traversal::planes ? e.inner : plan.geometry.row_length();
-  const int64_t touched =
-      (std::max(tensors.read_by_reduce, tensors.read_by_map) + tensors.written) * tensor_bytes;
-  plan.streaming_stores =
-      machine.shared_cache > 0 && touched > machine.shared_cache && run * element % kLineBytes == 0;
+  plan.streaming_stores = machine.shared_cache > 0 && run * element % kLineBytes == 0 &&
+                          plan.bytes_minimum > machine.shared_cache;
   return plan;
 }
 

@@ -72,13 +72,18 @@ BNEXT_HOST_DEVICE F widen_bf16(U bits) {
   return bits_as<F>(U(bits << 16));
 }
 
-// Round to nearest even; every NaN becomes the quiet one.
+// The upper 16 bits of the result are the rounded value: to nearest even, every NaN becomes the quiet one.
+template <class U, class F>
+BNEXT_HOST_DEVICE U round_bf16(F value) {
+  const U bits = bits_as<U>(value);
+  const U rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
+  const U quiet = rounded * 0u + 0x7fc00000u;
+  return value != value ? quiet : rounded;
+}
+
 template <class U, class F>
 BNEXT_HOST_DEVICE U narrow_bf16(F value) {
-  const U bits = bits_as<U>(value);
-  const U rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  const U quiet = rounded * 0u + 0x7fc0u;
-  return value != value ? quiet : rounded;
+  return round_bf16<U>(value) >> 16;
 }
 
 template <class F, class U>

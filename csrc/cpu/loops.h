@@ -5,9 +5,10 @@
 // columns are (outer fold, channel, inner) elements; reducers keep a double sum per column. Maps walk from
 // the end to the beginning: what the reduce read last is still in cache.
 
-constexpr int64_t kFlush = 32;    // vector steps a sum may stay in SumMath before it is added to a double
-constexpr int64_t kRowBlock = 8;  // rows a reducer walks together: at most kFlush
-constexpr int kRowGroup = 4;      // rows a map walks together
+constexpr int64_t kFlush = 32;  // vector steps a sum may stay in SumMath before it is added to a double
+constexpr int kRowBlock = 4;    // rows a reducer walks together: at most kFlush
+constexpr int64_t kAheadBytes = 4 << 10;  // from a row to the one that it fetches from memory meanwhile
+constexpr int64_t kJumpBytes = 16 << 10;  // of a slab per outer index; longer runs are left to the hardware
 constexpr int64_t kStretchBytes = 64 << 10;  // ascending part of a descending walk
 
 template <class A>
@@ -21,10 +22,11 @@ BNEXT_INLINE Lanes<double> as_double(const Lanes<A>& v) {
   }
 }
 
-template <class A>
+// The sums of lanes of T to sums of elements.
+template <class T, class A>
 BNEXT_INLINE void add_to(double* first, double* second, const LaneSums<A>& sums) {
-  store(first, load<double>(first) + as_double(sums.first));
-  store(second, load<double>(second) + as_double(sums.second));
+  store(first, load<double>(first) + as_double(in_memory_order<T>(sums.first)));
+  store(second, load<double>(second) + as_double(in_memory_order<T>(sums.second)));
 }
 
 // ---- planes ----
@@ -45,6 +47,24 @@ BNEXT_INLINE void for_each_run(const Extent& e, const Tile& tile, F f) {
   }
 }
 
+// Elements from one outer index to the next where a slab leaves memory order after a few pages, so that what
+// it comes to next has to be fetched by hand; else 0.
+template <class T>
+BNEXT_INLINE int64_t jump(const Extent& e, const Tile& tile) {
+  const int64_t run_bytes = tile.channels() * e.inner * static_cast<int64_t>(sizeof(T));
+  return tile.channels() < e.channels && run_bytes <= kJumpBytes ? e.channels * e.inner : 0;
+}
+
+// f(span) for the elements from i on, fewer than sixteen, of a run of `length` at `offset`.
+template <class F>
+BNEXT_INLINE void with_rest(int64_t length, int64_t i, int64_t offset, int64_t numel, F f) {
+  if (length >= kLanes) {
+    f(Last{length - i});
+  } else {
+    f(First{length - i, offset + i + kLanes <= numel});
+  }
+}
+
 template <class Reducer>
 void reduce_planes(const Operands& operands, const Geometry& geometry, const Tile& tile, void* scratch,
                    Sums* sums) {
@@ -53,6 +73,7 @@ void reduce_planes(const Operands& operands, const Geometry& geometry, const Til
   const Extent e = geometry.extent;
   const int64_t numel = e.numel();
   double* lanes = static_cast<double*>(scratch);  // [channel][2][kLanes]
+  const int64_t ahead = jump<typename Reducer::Storage>(e, tile);
   for (int64_t k = 0; k < tile.channels() * 2 * kLanes; ++k) lanes[k] = 0;
 
   for_each_run<false>(
@@ -64,13 +85,18 @@ void reduce_planes(const Operands& operands, const Geometry& geometry, const Til
           LaneSums<Math> local{};
           const int64_t vectors = (length - i) / kLanes;
           const int64_t stop = i + (vectors < kFlush - 1 ? vectors : kFlush - 1) * kLanes;
-          for (; i < stop; i += kLanes) reducer.step(local, offset + i, center, Full{});
+          for (; i < stop; i += kLanes) {
+            reducer.prefetch(offset + i + ahead);
+            reducer.step(local, offset + i, center, Full{});
+          }
           if (length - i < kLanes) {
             if (i < length)
-              reducer.step(local, offset + i, center, First{length - i, offset + i + kLanes <= numel});
+              with_rest(length, i, offset, numel, [&](auto span) __attribute__((always_inline)) {
+                reducer.step(local, offset + i, center, span);
+              });
             i = length;
           }
-          add_to(first, first + kLanes, local);
+          add_to<typename Reducer::Storage>(first, first + kLanes, local);
         }
       });
 
@@ -87,19 +113,23 @@ void map_planes(const Operands& operands, const Geometry& geometry, const Tile& 
   using Math = typename Map::Math;
   const Map map(operands);
   const Extent e = geometry.extent;
-  const int64_t numel = e.numel();
-  for_each_run<true>(e, tile,
-                     [&](int64_t channel, int64_t offset, int64_t length) __attribute__((always_inline)) {
-                       const auto c = coefficients_from<Math>(
-                           [&](int k) __attribute__((always_inline)) {
-                             return splat(static_cast<const Math*>(operands.coefficients[k])[channel]);
-                           },
-                           typename CountTo<Map::kCoefficients>::type{});
-                       int64_t i = 0;
-                       for (; i + kLanes <= length; i += kLanes) map.step(offset + i, c, Full{});
-                       if (i < length)
-                         map.step(offset + i, c, First{length - i, offset + i + kLanes <= numel});
-                     });
+  const int64_t numel = e.numel(), ahead = -jump<typename Map::Storage>(e, tile);
+  for_each_run<true>(
+      e, tile, [&](int64_t channel, int64_t offset, int64_t length) __attribute__((always_inline)) {
+        const auto c = coefficients_from<Math>(
+            [&](int k) __attribute__((always_inline)) {
+              return splat(static_cast<const Math*>(operands.coefficients[k])[channel]);
+            },
+            typename CountTo<Map::kCoefficients>::type{});
+        int64_t i = 0;
+        for (; i + kLanes <= length; i += kLanes) {
+          map.prefetch(offset + i + ahead);
+          map.step(offset + i, c, Full{});
+        }
+        if (i < length)
+          with_rest(length, i, offset, numel,
+                    [&](auto span) __attribute__((always_inline)) { map.step(offset + i, c, span); });
+      });
   if constexpr (Map::kStreaming) streaming_fence();
 }
 
@@ -160,6 +190,14 @@ struct Columns {
   }
 };
 
+// Values of consecutive columns, a whole number of lanes, into the order of lanes of T.
+template <class T, class A>
+BNEXT_INLINE void arrange(A* column, int64_t count) {
+  if constexpr (kEvenOdd<T>) {
+    for (int64_t j = 0; j < count; j += kLanes) store(column + j, in_lane_order<T>(load<A>(column + j)));
+  }
+}
+
 constexpr int64_t padded(int64_t columns) { return (columns + kLanes - 1) / kLanes * kLanes; }
 
 template <class Reducer>
@@ -175,34 +213,38 @@ void reduce_rows(const Operands& operands, const Geometry& geometry, const Tile&
   for (int64_t j = 0; j < 2 * stride; ++j) first[j] = 0;
   for (int64_t j = columns.count; j < stride; ++j) center[j] = 0;
   columns.expand(center, operands.center);
+  arrange<typename Reducer::Storage>(center, stride);
 
-  // Rows [from, to) of `width` columns, a strip of sixteen at a time. No hardware prefetcher follows that
-  // order, so each step fetches its place in the next block. Lanes past the last column go into padding that
-  // nobody reads.
-  auto block = [&](int64_t from, int64_t to, int64_t width) __attribute__((always_inline)) {
-    for (int64_t j = 0; j < width; j += kLanes) {
+  // kRows rows of `width` columns, a strip of sixteen at a time. Hardware prefetchers do not follow that
+  // order. Lanes past the last column go into padding that nobody reads.
+  const int64_t ahead =
+      (kAheadBytes / static_cast<int64_t>(sizeof(typename Reducer::Storage)) / columns.row_length + 1) *
+      columns.row_length;
+  auto rows = [&]<int kRows>(Index<kRows>, int64_t row, int64_t width) __attribute__((always_inline)) {
+    const int64_t offset = row * columns.row_length + columns.begin;
+    int64_t j = 0;
+    auto step = [&](auto span) __attribute__((always_inline)) {
       const Lanes<Math> c = load<Math>(center + j);
       LaneSums<Math> local{};
-      const int64_t left = width - j;
-      int64_t offset = from * columns.row_length + columns.begin + j;
-      if (left >= kLanes) {
-        for (int64_t r = from; r < to; ++r, offset += columns.row_length) {
-          reducer.prefetch(offset + kRowBlock * columns.row_length);
-          reducer.step(local, offset, c, Full{});
-        }
-      } else {
-        for (int64_t r = from; r < to; ++r, offset += columns.row_length) {
-          reducer.step(local, offset, c, First{left, offset + kLanes <= numel});
-        }
-      }
-      add_to(first + j, second + j, local);
-    }
+      for_each_index(
+          [&](auto r) __attribute__((always_inline)) {
+            const int64_t at = offset + j + r.value * columns.row_length;
+            reducer.prefetch(at + ahead);
+            reducer.step(local, at, c, span);
+          },
+          typename CountTo<kRows>::type{});
+      add_to<typename Reducer::Storage>(first + j, second + j, local);
+    };
+    for (; j + kLanes <= width; j += kLanes) step(Full{});
+    const int64_t last = offset + (kRows - 1) * columns.row_length + j;
+    if (j < width) step(First{width - j, last + kLanes <= numel});
   };
   const int64_t whole_rows = numel / columns.row_length;
   const int64_t end = tile.end < whole_rows ? tile.end : whole_rows;
-  for (int64_t r = tile.begin; r < end; r += kRowBlock)
-    block(r, r + kRowBlock < end ? r + kRowBlock : end, columns.count);
-  if (tile.end > whole_rows) block(whole_rows, whole_rows + 1, numel - whole_rows * columns.row_length);
+  int64_t row = tile.begin;
+  for (; row + kRowBlock <= end; row += kRowBlock) rows(Index<kRowBlock>{}, row, columns.count);
+  for (; row < end; ++row) rows(Index<1>{}, row, columns.count);
+  if (tile.end > whole_rows) rows(Index<1>{}, whole_rows, numel - whole_rows * columns.row_length);
 
   columns.collapse(first, second, sums);
 }
@@ -220,33 +262,29 @@ void map_rows(const Operands& operands, const Geometry& geometry, const Tile& ti
     Math* row = expanded + k * stride;
     for (int64_t j = columns.count; j < stride; ++j) row[j] = 0;
     columns.expand(row, source);
+    arrange<typename Map::Storage>(row, stride);
   }
 
-  // kRows rows of `width` columns side by side, so that coefficients are loaded once for all of them.
-  auto rows = [&]<int kRows>(Index<kRows>, int64_t row, int64_t width) __attribute__((always_inline)) {
+  auto walk = [&](int64_t row, int64_t width) __attribute__((always_inline)) {
     const int64_t offset = row * columns.row_length + columns.begin;
     int64_t j = 0;
     auto step = [&](auto span) __attribute__((always_inline)) {
       const auto c = coefficients_from<Math>(
           [&](int k) __attribute__((always_inline)) { return load<Math>(expanded + k * stride + j); },
           typename CountTo<kCount>::type{});
-      for_each_index([&](auto r) __attribute__((
-                         always_inline)) { map.step(offset + j + r.value * columns.row_length, c, span); },
-                     typename CountTo<kRows>::type{});
+      map.step(offset + j, c, span);
     };
     for (; j + kLanes <= width; j += kLanes) step(Full{});
-    const int64_t last = offset + (kRows - 1) * columns.row_length + j;
-    if (j < width) step(First{width - j, last + kLanes <= numel});
+    if (j < width) step(First{width - j, offset + j + kLanes <= numel});
   };
   const int64_t whole_rows = numel / columns.row_length;
   const int64_t end = tile.end < whole_rows ? tile.end : whole_rows;
-  if (tile.end > whole_rows) rows(Index<1>{}, whole_rows, numel - whole_rows * columns.row_length);
+  if (tile.end > whole_rows) walk(whole_rows, numel - whole_rows * columns.row_length);
   const int64_t row_bytes = columns.count * static_cast<int64_t>(sizeof(typename Map::Storage));
-  const int64_t stretch = (kStretchBytes / row_bytes / kRowGroup + 1) * kRowGroup;
+  const int64_t stretch = kStretchBytes / row_bytes + 1;
   for (int64_t stop = end; stop > tile.begin; stop -= stretch) {
-    int64_t row = stop - stretch > tile.begin ? stop - stretch : tile.begin;
-    for (; row + kRowGroup <= stop; row += kRowGroup) rows(Index<kRowGroup>{}, row, columns.count);
-    for (; row < stop; ++row) rows(Index<1>{}, row, columns.count);
+    for (int64_t row = stop - stretch > tile.begin ? stop - stretch : tile.begin; row < stop; ++row)
+      walk(row, columns.count);
   }
   if constexpr (Map::kStreaming) streaming_fence();
 }

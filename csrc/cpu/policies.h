@@ -8,7 +8,7 @@ struct Full {
   BNEXT_INLINE Lanes<A> load_lanes(const T* p) const {
     return load<A>(p);
   }
-  template <class A>
+  template <class T, class A>
   BNEXT_INLINE Lanes<A> keep(const Lanes<A>& v) const {
     return v;
   }
@@ -26,13 +26,32 @@ struct First {
   BNEXT_INLINE Lanes<A> load_lanes(const T* p) const {
     return load_first<A>(p, n, readable);
   }
-  template <class A>
+  template <class T, class A>
   BNEXT_INLINE Lanes<A> keep(const Lanes<A>& v) const {
-    return keep_first(v, n);
+    return keep_first<T>(v, n);
   }
   template <bool Streaming, class A, class T>
   BNEXT_INLINE void store_lanes(T* p, const Lanes<A>& v) const {
     store_first(p, v, n);
+  }
+};
+
+// The n elements that are left of sixteen or more: the sixteen that end with them, most of which were seen
+// before. Maps write those once more, so their output must not be their input.
+struct Last {
+  int64_t n;
+
+  template <class A, class T>
+  BNEXT_INLINE Lanes<A> load_lanes(const T* p) const {
+    return load<A>(p + n - kLanes);
+  }
+  template <class T, class A>
+  BNEXT_INLINE Lanes<A> keep(const Lanes<A>& v) const {
+    return keep_last<T>(v, n);
+  }
+  template <bool, class A, class T>
+  BNEXT_INLINE void store_lanes(T* p, const Lanes<A>& v) const {
+    store(p + n - kLanes, v);
   }
 };
 
@@ -53,7 +72,7 @@ struct MomentsReducer {
 
   template <class Span>
   BNEXT_INLINE void step(LaneSums<Math>& sums, int64_t offset, const Lanes<Math>& center, Span span) const {
-    const Lanes<Math> d = span.keep(span.template load_lanes<Math>(x + offset) - center);
+    const Lanes<Math> d = span.template keep<T>(span.template load_lanes<Math>(x + offset) - center);
     sums.first = sums.first + d;
     sums.second = sums.second + d * d;
   }
@@ -76,8 +95,8 @@ struct GradSumsReducer {
 
   template <class Span>
   BNEXT_INLINE void step(LaneSums<Math>& sums, int64_t offset, const Lanes<Math>& center, Span span) const {
-    const Lanes<Math> dz = span.keep(span.template load_lanes<Math>(dy + offset));
-    const Lanes<Math> d = span.keep(span.template load_lanes<Math>(x + offset) - center);
+    const Lanes<Math> dz = span.template keep<T>(span.template load_lanes<Math>(dy + offset));
+    const Lanes<Math> d = span.template keep<T>(span.template load_lanes<Math>(x + offset) - center);
     sums.first = sums.first + dz;
     sums.second = sums.second + dz * d;
   }
@@ -94,6 +113,8 @@ struct NormalizeMap {
 
   explicit NormalizeMap(const Operands& operands)
       : x(static_cast<const T*>(operands.x)), y(static_cast<T*>(operands.out)) {}
+
+  BNEXT_INLINE void prefetch(int64_t offset) const { __builtin_prefetch(x + offset); }
 
   template <class Span>
   BNEXT_INLINE void step(int64_t offset, const Coefficients<Math, kCoefficients>& c, Span span) const {
@@ -117,6 +138,11 @@ struct InputGradMap {
         dy(static_cast<const T*>(operands.dy)),
         dx(static_cast<T*>(operands.out)) {}
 
+  BNEXT_INLINE void prefetch(int64_t offset) const {
+    __builtin_prefetch(x + offset);
+    __builtin_prefetch(dy + offset);
+  }
+
   template <class Span>
   BNEXT_INLINE void step(int64_t offset, const Coefficients<Math, kCoefficients>& c, Span span) const {
     span.template store_lanes<Streaming>(
@@ -137,6 +163,8 @@ struct FrozenInputGradMap {
 
   explicit FrozenInputGradMap(const Operands& operands)
       : dy(static_cast<const T*>(operands.dy)), dx(static_cast<T*>(operands.out)) {}
+
+  BNEXT_INLINE void prefetch(int64_t offset) const { __builtin_prefetch(dy + offset); }
 
   template <class Span>
   BNEXT_INLINE void step(int64_t offset, const Coefficients<Math, kCoefficients>& c, Span span) const {
