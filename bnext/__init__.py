@@ -3,6 +3,7 @@
 - BatchNorm1d, BatchNorm2d, BatchNorm3d: drop-in replacements of torch.nn's
 - functional.batch_norm: the function behind them
 - reference: the same in NumPy and float64, the specification
+- memory: what the blocks of large outputs keep, and how to limit it
 - plan, build_info: which schedule a call takes, how the extension was built
 """
 
@@ -10,7 +11,7 @@ from ._build_check import require_build
 
 require_build()
 
-from . import functional, reference
+from . import functional, memory, reference
 from ._C import build_info
 from .modules import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from .planning import plan
@@ -24,6 +25,7 @@ __all__ = [
     "__version__",
     "build_info",
     "functional",
+    "memory",
     "plan",
     "reference",
 ]

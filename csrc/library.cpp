@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "cpu/launch.h"
+#include "cpu/memory.h"
 #include "cpu/tiles.h"
 #include "ops.h"
 
@@ -124,6 +125,9 @@ std::string plan_text(const Plan& p) {
 PYBIND11_MODULE(_C, m) {
   m.doc() = "bnext's compiled half. Importing it registers the operators torch.ops.bnext.*";
   m.def("build_info", build_info);
+  m.def("empty_cache", bnext::cpu::empty_cache, py::call_guard<py::gil_scoped_release>());
+  m.def("cached_bytes", bnext::cpu::cached_bytes);
+  m.def("set_cache_limit", bnext::cpu::set_cache_limit, py::arg("bytes"));
   m.def("plan", plan, py::arg("shape"), py::arg("dtype"), py::arg("layout"), py::arg("training"),
         py::arg("backward"), py::arg("threads"));
   py::class_<Plan>(m, "Plan")

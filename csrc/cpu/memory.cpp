@@ -100,6 +100,16 @@ size_t empty_cache() noexcept {
   return freed;
 }
 
+void set_cache_limit(size_t bytes) noexcept {
+  Cache& cache = Cache::cache();
+  {
+    const std::lock_guard lock(cache.mutex);
+    cache.limit = bytes;
+    if (cache.bytes <= bytes) return;
+  }
+  empty_cache();
+}
+
 size_t cached_bytes() noexcept {
   Cache& cache = Cache::cache();
   const std::lock_guard lock(cache.mutex);
@@ -112,6 +122,7 @@ void* acquire_block(size_t) noexcept { return nullptr; }
 void release_block(void*, size_t) noexcept {}
 size_t empty_cache() noexcept { return 0; }
 size_t cached_bytes() noexcept { return 0; }
+void set_cache_limit(size_t) noexcept {}
 
 #endif
 

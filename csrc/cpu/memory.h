@@ -26,4 +26,7 @@ size_t empty_cache() noexcept;
 // Bytes of blocks that are kept for reuse.
 size_t cached_bytes() noexcept;
 
+// From now on at most that many bytes are kept; at first a quarter of the machine's memory.
+void set_cache_limit(size_t bytes) noexcept;
+
 }  // namespace bnext::cpu

@@ -1,0 +1,41 @@
+"""The memory of large outputs on the CPU: freed blocks are kept for the next tensor of the size.
+
+Memory fresh from the system costs as much as normalizing it: every page faults at its first touch. Outputs and input
+gradients of 4 MB and more therefore come from blocks of huge pages that are used again. The system may take back the
+pages of a block that nobody uses (MADV_FREE), though tools may go on counting them as the process's own.
+"""
+
+from operator import index
+
+from . import _C
+
+__all__ = ["cached_bytes", "empty_cache", "set_limit"]
+
+
+def empty_cache() -> int:
+    """Gives every block that is kept back to the system.
+
+    Returns:
+        Their bytes.
+    """
+    return _C.empty_cache()
+
+
+def cached_bytes() -> int:
+    """Bytes of the blocks that are kept for reuse; tensors in use do not count."""
+    return _C.cached_bytes()
+
+
+def set_limit(limit: int) -> None:
+    """Keeps at most that many bytes from now on; 0 keeps nothing.
+
+    Args:
+        limit: bytes; at first a quarter of the machine's memory.
+
+    Raises:
+        TypeError: not an integer.
+        ValueError: negative.
+    """
+    if index(limit) < 0:
+        raise ValueError(f"expected a limit of 0 bytes or more, but got {limit}")
+    _C.set_cache_limit(limit)

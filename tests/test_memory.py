@@ -1,0 +1,116 @@
+"""Blocks of large outputs: reused, limited, given back, and never shared by two tensors that live."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from torch import Tensor
+
+import bnext
+
+LARGE = (4, 16, 160, 160)  # 6.6 MB of float32
+SMALL = (4, 16, 16, 16)
+BLOCK = 8 << 20  # what LARGE takes: whole huge pages of 2 MB
+
+
+@pytest.fixture(autouse=True)
+def _nothing_kept() -> Iterator[None]:
+    bnext.memory.empty_cache()
+    yield
+    bnext.memory.set_limit(1 << 40)
+    bnext.memory.empty_cache()
+
+
+def output(shape: tuple[int, ...] = LARGE, value: float = 1.0) -> Tensor:
+    """A tensor of that shape from the operator; its elements are all 0 or 1."""
+    x = torch.full(shape, value)
+    return bnext.functional.batch_norm(x, torch.zeros(16), torch.ones(16), eps=0.0)
+
+
+def test_a_freed_block_is_used_again() -> None:
+    first = output()
+    address = first.data_ptr()
+    assert bnext.memory.cached_bytes() == 0
+    del first
+    assert bnext.memory.cached_bytes() == BLOCK
+    assert output().data_ptr() == address
+
+
+def test_a_view_keeps_the_block() -> None:
+    part = output()[1:2, 3]
+    assert bnext.memory.cached_bytes() == 0
+    other = output(value=0.0)
+    assert bool((part == 1).all()) and bool((other == 0).all())
+
+
+def test_small_outputs_are_torchs_own() -> None:
+    output(SMALL)
+    assert bnext.memory.cached_bytes() == 0
+
+
+def test_empty_cache_says_how_much_it_gave_back() -> None:
+    output()
+    assert bnext.memory.empty_cache() == BLOCK
+    assert bnext.memory.cached_bytes() == bnext.memory.empty_cache() == 0
+
+
+def test_the_limit_holds_at_once_and_later() -> None:
+    kept = [output(), output()]
+    kept.clear()
+    assert bnext.memory.cached_bytes() == 2 * BLOCK
+    bnext.memory.set_limit(BLOCK)
+    assert bnext.memory.cached_bytes() <= BLOCK
+    kept = [output(), output()]
+    kept.clear()
+    assert bnext.memory.cached_bytes() == BLOCK
+
+
+@pytest.mark.parametrize(("limit", "error"), [(-1, ValueError), (1.5, TypeError), ("1", TypeError)])
+def test_a_limit_that_is_none(limit: object, error: type[Exception]) -> None:
+    with pytest.raises(error):
+        bnext.memory.set_limit(limit)  # type: ignore[arg-type]
+
+
+def test_gradients_come_from_blocks_too() -> None:
+    x = torch.randn(LARGE, requires_grad=True)
+    bnext.BatchNorm2d(16)(x).sum().backward()
+    x.grad = None
+    assert bnext.memory.cached_bytes() >= BLOCK
+
+
+def test_outputs_can_be_resized_shared_and_pickled(tmp_path: object) -> None:
+    y = output()
+    y.resize_(2 * y.numel())
+    assert bool((y[: y.numel() // 2] == 1).all())
+    shared = output().share_memory_()
+    assert bool((shared == 1).all())
+    torch.save(output(), f"{tmp_path}/y.pt")
+    assert bool((torch.load(f"{tmp_path}/y.pt") == 1).all())
+
+
+def test_threads_never_share_a_block() -> None:
+    """Each writes its own number and reads it back while the others come and go."""
+
+    def work(number: int) -> bool:
+        right = True
+        for step in range(20):
+            value = float((number + step) % 2)
+            y = output(value=value)
+            right &= bool((y == value).all())
+        return right
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(work, range(8)))
+
+
+def test_a_child_of_fork_goes_on() -> None:
+    output()
+    child = os.fork()
+    if child == 0:
+        torch.set_num_threads(1)
+        os._exit(0 if bool((output() == 1).all()) else 1)
+    assert os.waitpid(child, 0)[1] == 0
