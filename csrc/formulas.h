@@ -41,6 +41,12 @@ BNEXT_HOST_DEVICE Moments moments_from_sums(double center, const Sums& sums, dou
   return {center + delta, m2 < 0 ? 0 : m2 / count};
 }
 
+// More than four standard deviations from the mean: m2 would cancel more than 16 parts in 17.
+BNEXT_HOST_DEVICE bool center_is_bad(const Sums& sums, double count) {
+  const double shift = sums.first * (sums.first / count);
+  return shift > 16 * (sums.second - shift);
+}
+
 BNEXT_HOST_DEVICE double inverse_std(double var, double eps) { return 1.0 / std::sqrt(var + eps); }
 
 BNEXT_HOST_DEVICE double unbiased_var(double var, double count) { return var * (count / (count - 1)); }

@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <memory>
 
+#include "cpu/channels.h"
 #include "cpu/launch.h"
 #include "cpu/schedule.h"
 #include "dispatch.h"
@@ -42,22 +43,40 @@ struct BackwardWork {
   bool recenter(int64_t, int64_t, const Sums*) { return false; }
 
   void fold(int64_t channel_begin, int64_t channel_end, const Sums* sums) {
+    for_each_fold(channel_begin, channel_end, [&](int64_t c, int64_t n) {
+      fold_some(c, n, sums == nullptr ? nullptr : sums + (c - channel_begin));
+    });
+  }
+
+  // n channels from c on, at most kFoldChannels.
+  void fold_some(int64_t c, int64_t n, const Sums* sums) {
     const auto count = static_cast<double>(args.extent.count());
-    for (int64_t c = channel_begin; c < channel_end; ++c) {
-      const double mean = args.mean[c], invstd = args.invstd[c];
-      const double weight = args.weight ? read_scalar(args.weight.data, args.weight.dtype, c) : 1;
-      // The reducers subtracted the mean as their arithmetic can hold it.
-      const auto center = static_cast<double>(static_cast<summath_t<T>>(mean));
-      if (sums != nullptr) {
-        const ParameterGrads grads = parameter_grads(sums[c - channel_begin], mean, center, invstd);
-        if (args.dweight != nullptr) static_cast<A*>(args.dweight)[c] = static_cast<A>(grads.dweight);
-        if (args.dbias != nullptr) static_cast<A*>(args.dbias)[c] = static_cast<A>(grads.dbias);
+    const double* const mean = args.mean + c;
+    const double* const invstd = args.invstd + c;
+    // The reducers subtracted the mean as their arithmetic can hold it.
+    const auto held = [](double value) { return static_cast<double>(static_cast<summath_t<T>>(value)); };
+    if (sums != nullptr) {
+      auto* const dweight = static_cast<A*>(args.dweight);
+      auto* const dbias = static_cast<A*>(args.dbias);
+      for (int64_t k = 0; k < n; ++k) {
+        const ParameterGrads grads = parameter_grads(sums[k], mean[k], held(mean[k]), invstd[k]);
+        if (dweight != nullptr) dweight[c + k] = static_cast<A>(grads.dweight);
+        if (dbias != nullptr) dbias[c + k] = static_cast<A>(grads.dbias);
       }
-      if (args.dx == nullptr) continue;
-      const Sums used = args.batch_statistics ? sums[c - channel_begin] : Sums{};
-      const auto k = input_grad_coefficients<A>(used, mean, center, invstd, weight, count);
-      const A values[kMaxCoefficients] = {k.scale, k.center, k.slope, k.offset};
-      for (int i = 0; i < kMaxCoefficients; ++i) coefficients[i * args.extent.channels + c] = values[i];
+    }
+    if (args.dx == nullptr) return;
+    double weight[kFoldChannels];
+    read_channels(args.weight, c, n, 1, weight);
+    A* const out = coefficients.get() + c;
+    const int64_t channels = args.extent.channels;
+    for (int64_t k = 0; k < n; ++k) {
+      const Sums used = args.batch_statistics ? sums[k] : Sums{};
+      const auto found =
+          input_grad_coefficients<A>(used, mean[k], held(mean[k]), invstd[k], weight[k], count);
+      out[k] = found.scale;
+      out[channels + k] = found.center;
+      out[2 * channels + k] = found.slope;
+      out[3 * channels + k] = found.offset;
     }
   }
 };

@@ -2,6 +2,7 @@
 #include <cmath>
 #include <memory>
 
+#include "cpu/channels.h"
 #include "cpu/launch.h"
 #include "cpu/schedule.h"
 #include "dispatch.h"
@@ -40,56 +41,77 @@ struct ForwardWork {
 
   // A channel's first element, so that a constant channel sums to exactly zero; 0 if it is not finite.
   void prepare(int64_t channel_begin, int64_t channel_end) {
-    for (int64_t c = channel_begin; c < channel_end; ++c) {
-      const double first = read_scalar(args.x, args.dtype, c * args.extent.inner);
-      center[c] = std::isfinite(first) ? first : 0.0;
-    }
+    const int64_t stride = args.extent.inner, count = channel_end - channel_begin;
+    double* const centers = center.get() + channel_begin;
+    read_channels(args.x, args.dtype, channel_begin * stride, stride, count, centers);
+    for (int64_t k = 0; k < count; ++k) centers[k] = std::isfinite(centers[k]) ? centers[k] : 0.0;
   }
 
-  // A first element more than four standard deviations from the mean is a bad center: M2 = second - n*delta^2
-  // would cancel more than 16 parts in 17. Moves such centers to the mean and says whether the slab must be
-  // reduced again.
+  // Moves bad centers to the mean and says whether the slab must be reduced again.
   bool recenter(int64_t channel_begin, int64_t channel_end, const Sums* sums) {
+    const auto count = static_cast<double>(args.extent.count());
+    const int64_t channels = channel_end - channel_begin;
+    int any = 0;  // most often none: a loop without branches says so
+    for (int64_t k = 0; k < channels; ++k) any |= center_is_bad(sums[k], count);
+    if (any == 0) return false;
     bool moved = false;
-    for (int64_t c = channel_begin; c < channel_end; ++c) {
-      const Sums& s = sums[c - channel_begin];
-      const double delta = s.first / static_cast<double>(args.extent.count());
-      if (!(s.first * delta > 16 * (s.second - s.first * delta)) || !std::isfinite(s.second)) continue;
-      const auto better = static_cast<double>(static_cast<summath_t<T>>(center[c] + delta));
-      moved |= better != center[c];
-      center[c] = better;
+    for (int64_t k = 0; k < channels; ++k) {
+      double& old = center[channel_begin + k];
+      if (!center_is_bad(sums[k], count) || !std::isfinite(sums[k].second)) continue;
+      const auto better = static_cast<double>(static_cast<summath_t<T>>(old + sums[k].first / count));
+      moved |= better != old;
+      old = better;
     }
     return moved;
   }
 
   void fold(int64_t channel_begin, int64_t channel_end, const Sums* sums) {
+    for_each_fold(channel_begin, channel_end, [&](int64_t c, int64_t n) {
+      fold_some(c, n, sums == nullptr ? nullptr : sums + (c - channel_begin));
+    });
+  }
+
+  // n channels from c on, at most kFoldChannels.
+  void fold_some(int64_t c, int64_t n, const Sums* sums) {
     const auto count = static_cast<double>(args.extent.count());
-    A* const out[3] = {coefficients.get(), coefficients.get() + args.extent.channels,
-                       coefficients.get() + 2 * args.extent.channels};
-    for (int64_t c = channel_begin; c < channel_end; ++c) {
-      const Moments m = sums != nullptr ? moments_from_sums(center[c], sums[c - channel_begin], count)
-                                        : Moments{at(args.running_mean, c, 0), at(args.running_var, c, 1)};
-      if (sums != nullptr && args.running_mean) {
-        update(args.running_mean, c, m.mean);
-        update(args.running_var, c, args.unbiased_running_var ? unbiased_var(m.var, count) : m.var);
+    double var[kFoldChannels], weight[kFoldChannels], bias[kFoldChannels];
+    double* const mean = args.mean + c;
+    double* const invstd = args.invstd + c;
+    if (sums != nullptr) {
+      const double* const centers = center.get() + c;
+      for (int64_t k = 0; k < n; ++k) {
+        const Moments m = moments_from_sums(centers[k], sums[k], count);
+        mean[k] = m.mean;
+        var[k] = m.var;
       }
-      args.mean[c] = m.mean;
-      args.invstd[c] = inverse_std(m.var, args.eps);
-      const auto k =
-          normalize_coefficients<A>(m.mean, args.invstd[c], at(args.weight, c, 1), at(args.bias, c, 0));
-      out[0][c] = k.center;
-      out[1][c] = k.scale;
-      out[2][c] = k.offset;
+      if (args.running_mean) {
+        update(args.running_mean, c, n, [&](int64_t k) { return mean[k]; });
+        update(args.running_var, c, n,
+               [&](int64_t k) { return args.unbiased_running_var ? unbiased_var(var[k], count) : var[k]; });
+      }
+    } else {
+      read_channels(args.running_mean, c, n, 0, mean);
+      read_channels(args.running_var, c, n, 1, var);
+    }
+    read_channels(args.weight, c, n, 1, weight);
+    read_channels(args.bias, c, n, 0, bias);
+    A* const out = coefficients.get() + c;
+    const int64_t channels = args.extent.channels;
+    for (int64_t k = 0; k < n; ++k) {
+      invstd[k] = inverse_std(var[k], args.eps);
+      const auto found = normalize_coefficients<A>(mean[k], invstd[k], weight[k], bias[k]);
+      out[k] = found.center;
+      out[channels + k] = found.scale;
+      out[2 * channels + k] = found.offset;
     }
   }
 
-  static double at(const ChannelVector& v, int64_t c, double otherwise) {
-    return v ? read_scalar(v.data, v.dtype, c) : otherwise;
-  }
-
-  void update(const ChannelVector& running, int64_t c, double batch) const {
-    const double old = read_scalar(running.data, running.dtype, c);
-    write_scalar(running.data, running.dtype, c, running_update(old, batch, factor));
+  template <class F>
+  void update(const ChannelVector& running, int64_t c, int64_t n, F batch) const {
+    double values[kFoldChannels];
+    read_channels(running, c, n, 0, values);
+    for (int64_t k = 0; k < n; ++k) values[k] = running_update(values[k], batch(k), factor);
+    write_channels(running, c, n, values);
   }
 };
 

@@ -13,6 +13,9 @@
 
 namespace bnext::cpu {
 
+// Channels from which on a fold is shared out over threads, so many a task.
+constexpr int64_t kSharedFold = 4096;
+
 // f(index) for [0, count), each thread its range in ascending or descending order.
 template <bool Descending = false, class F>
 void for_each_task(int threads, int64_t count, F f) {
@@ -59,6 +62,16 @@ void run(const Plan& plan, Work& work) {
     function(work.operands, geometry, tile, scratch(scratch_bytes(geometry, tile)), sums);
   };
 
+  // Of all channels, shared out if they are many.
+  auto fold = [&](const Sums* sums) {
+    for_each_task(channels < kSharedFold ? 1 : plan.threads, (channels + kSharedFold - 1) / kSharedFold,
+                  [&](int64_t k) {
+                    const int64_t begin = k * kSharedFold;
+                    work.fold(begin, std::min(begin + kSharedFold, channels),
+                              sums == nullptr ? nullptr : sums + begin);
+                  });
+  };
+
   if (plan.schedule == Schedule::split && work.reduce != nullptr) {
     const int64_t tiles = plan.slabs * plan.chunks;
     std::vector<Sums> partial(static_cast<size_t>(plan.chunks * channels));
@@ -78,7 +91,7 @@ void run(const Plan& plan, Work& work) {
     };
     reduce();
     if (work.recenter(0, channels, partial.data())) reduce();
-    work.fold(0, channels, partial.data());
+    fold(partial.data());
     if (work.map == nullptr) return;
     for_each_task<true>(plan.threads, tiles,
                         [&](int64_t k) { call(work.map, tile_at(k % plan.slabs, k / plan.slabs), nullptr); });
@@ -107,7 +120,7 @@ void run(const Plan& plan, Work& work) {
     return;
   }
 
-  work.fold(0, channels, nullptr);
+  fold(nullptr);
   if (work.map == nullptr) return;
   for_each_task(plan.threads, plan.slabs * plan.chunks,
                 [&](int64_t k) { call(work.map, tile_at(k % plan.slabs, k / plan.slabs), nullptr); });
