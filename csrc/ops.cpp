@@ -33,6 +33,19 @@ Dtype dtype_of(at::ScalarType dtype) {
   }
 }
 
+const c10::TypedOperatorHandle<ForwardSignature>& forward_operator() {
+  static const auto op =
+      c10::Dispatcher::singleton().findSchemaOrThrow("bnext::batch_norm", "").typed<ForwardSignature>();
+  return op;
+}
+
+const c10::TypedOperatorHandle<BackwardSignature>& backward_operator() {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("bnext::batch_norm_backward", "")
+                             .typed<BackwardSignature>();
+  return op;
+}
+
 namespace {
 
 at::MemoryFormat memory_format_of(const at::Tensor& x) {
