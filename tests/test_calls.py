@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.utils import parametrize, prune
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -218,18 +219,55 @@ def test_the_profiler_names_the_operator() -> None:
     assert "bnext::batch_norm" in {event.name for event in profile.events()}
 
 
+class Twice(nn.Module):
+    def forward(self, weight: Tensor) -> Tensor:
+        return 2 * weight
+
+
+def parametrized() -> bnext.BatchNorm1d:
+    layer = bnext.BatchNorm1d(3)
+    parametrize.register_parametrization(layer, "weight", Twice())
+    return layer
+
+
 def test_parametrized_weight() -> None:
     """A weight that is computed on each access is taken as computed."""
-
-    class Double(nn.Module):
-        def forward(self, weight: Tensor) -> Tensor:
-            return 2 * weight
-
-    layer, plain = bnext.BatchNorm1d(3), bnext.BatchNorm1d(3)
-    nn.utils.parametrize.register_parametrization(layer, "weight", Double())
+    layer, plain, x = parametrized(), bnext.BatchNorm1d(3), torch.randn(4, 3)
     nn.init.constant_(plain.weight, 2.0)
-    x = torch.randn(4, 3)
     y, expected = layer(x), plain(x)
     assert torch.equal(y, expected)
     y.square().sum().backward(), expected.square().sum().backward()
     assert torch.equal(layer.parametrizations.weight.original.grad, 2 * plain.weight.grad)
+    for name, buffer in plain.named_buffers():
+        assert torch.equal(layer.get_buffer(name), buffer), name
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(x), plain(x))
+
+
+def test_pruned_weight() -> None:
+    """Pruning leaves a plain attribute where the parameter was."""
+    layer, x = bnext.BatchNorm1d(3), torch.randn(4, 3)
+    prune.custom_from_mask(layer, "weight", torch.tensor([1, 0, 1]))
+    assert torch.equal(layer(x)[:, 1], torch.zeros(4))
+
+
+def test_replicated_state() -> None:
+    """As nn.DataParallel does it: the replica's parameters are not leaves, and attributes."""
+    layer, x = bnext.BatchNorm1d(3), torch.randn(4, 3)
+    replica = layer._replicate_for_data_parallel()
+    for name, parameter in layer.named_parameters():
+        setattr(replica, name, parameter * 3)
+    replica(x).sum().backward()
+    assert torch.equal(layer.bias.grad, torch.full((3,), 12.0))
+
+
+def test_removed_state() -> None:
+    """A missing attribute is an error where it is needed, and only there."""
+    layer, x = bnext.BatchNorm1d(3), torch.randn(4, 3)
+    del layer.num_batches_tracked
+    assert torch.equal(layer.eval()(x), bnext.BatchNorm1d(3).eval()(x))
+    with pytest.raises(AttributeError, match="num_batches_tracked"):
+        layer.train()(x)
+    del layer.running_mean
+    with pytest.raises(AttributeError, match="running_mean"):
+        layer.eval()(x)

@@ -119,6 +119,22 @@ def test_backward_frees_what_was_saved() -> None:
     assert alive() is None
 
 
+def test_a_graph_that_is_dropped_is_freed() -> None:
+    """By its last reference, not by the collector: the node is in no cycle with its output or the weight's copy."""
+    x, weight, bias = leaves()
+    inner = x * 1
+    alive = weakref.ref(inner)
+    y = batch_norm(inner, None, None, weight * 2, bias, training=True)
+    del inner
+    assert alive() is not None
+    gc.disable()
+    try:
+        del y
+        assert alive() is None
+    finally:
+        gc.enable()
+
+
 def test_the_node_has_a_name() -> None:
     x, weight, bias = leaves()
     node = batch_norm(x, None, None, weight, bias, training=True).grad_fn
