@@ -2,6 +2,8 @@
 
 from typing import Any, Literal, final
 
+from torch import Tensor
+
 @final
 class Plan:
     """What one call would do: which loops, on how many threads, over how many bytes."""
@@ -36,6 +38,9 @@ class Plan:
     @property
     def bytes_minimum(self) -> int:
         """Bytes no schedule avoids: every tensor once."""
+
+def batch_norm(*arguments: object) -> Tensor | None:
+    """The operator on the arguments of its schema, y alone; None, and nothing done, where torch.ops must be asked."""
 
 def build_info() -> dict[str, Any]: ...
 def empty_cache() -> int: ...

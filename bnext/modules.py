@@ -10,6 +10,10 @@ from .functional import batch_norm
 __all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d"]
 
 
+# weight, bias, running_mean, running_var, num_batches_tracked
+_State = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+
+
 class _FusedBatchNorm(nn.modules.batchnorm._BatchNorm):
     """What the three classes share.
 
@@ -50,20 +54,35 @@ class _FusedBatchNorm(nn.modules.batchnorm._BatchNorm):
         """Normalises input (N, C, ...); see :func:`bnext.functional.batch_norm`."""
         training = self.training
         tracking = training and self.track_running_stats
-        running_mean, running_var = self.running_mean, self.running_var
+        weight, bias, running_mean, running_var, counter = self._tensors()
         return batch_norm(
             input,
             running_mean if tracking or not training else None,
             running_var if tracking or not training else None,
-            self.weight,
-            self.bias,
+            weight,
+            bias,
             training or (running_mean is None and running_var is None),
             self.momentum,
             self.eps,
             unbiased_running_var=self.unbiased_running_var,
-            num_batches_tracked=self.num_batches_tracked if tracking else None,
+            num_batches_tracked=counter if tracking else None,
             _ndims=self._ndims,
         )
+
+    def _tensors(self) -> _State:
+        """Parameters and buffers. Five walks to nn.Module.__getattr__ take longer than to normalise a small batch."""
+        try:
+            parameters, buffers = self._parameters, self._buffers
+            return (
+                parameters["weight"],
+                parameters["bias"],
+                buffers["running_mean"],
+                buffers["running_var"],
+                buffers["num_batches_tracked"],
+            )
+        except KeyError:  # parametrized, pruned, replicated: attributes of another kind
+            counter = self.num_batches_tracked if self.training else None
+            return self.weight, self.bias, self.running_mean, self.running_var, counter
 
 
 class BatchNorm1d(_FusedBatchNorm, nn.BatchNorm1d):

@@ -3,159 +3,131 @@
 // What the forward keeps: x, a copy of the weight, and the statistics; never a running buffer. The backward
 // is an operator of its own, whose derivative is written in differentiable torch operations.
 #include <ATen/ATen.h>
-#include <ATen/core/dispatch/Dispatcher.h>
-#include <torch/csrc/autograd/custom_function.h>
-#include <torch/library.h>
+#include <torch/csrc/autograd/functions/utils.h>
+#include <torch/csrc/autograd/saved_variable.h>
+#include <torch/csrc/autograd/variable.h>
 
 #include "checks.h"
+#include "double_backward.h"
 #include "ops.h"
 
 namespace bnext {
 namespace {
 
-using torch::autograd::AutogradContext;
+using torch::autograd::SavedVariable;
 using torch::autograd::Variable;
 using torch::autograd::variable_list;
 
-template <class Signature>
-auto find_operator(const char* name) {
-  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
-}
-
-const auto& forward_operator() {
-  static const auto op = find_operator<ForwardSignature>("bnext::batch_norm");
-  return op;
-}
-
-const auto& backward_operator() {
-  static const auto op = find_operator<BackwardSignature>("bnext::batch_norm_backward");
-  return op;
-}
-
 bool requires_grad(const OptionalTensor& t) { return present(t) && t->requires_grad(); }
+
+// In torch's words. Without it a tangent would be dropped in silence.
+template <class... Tensors>
+void refuse_forward_mode(const Tensors&... tensors) {
+  TORCH_CHECK_NOT_IMPLEMENTED(
+      !(torch::autograd::isFwGradDefined(tensors) || ...),
+      "Trying to use forward AD with bnext::batch_norm that does not support it because "
+      "it has not been implemented yet.");
+}
 
 OptionalTensor optional(const at::Tensor& t) { return t.defined() ? OptionalTensor(t) : std::nullopt; }
 
-struct BatchNorm : torch::autograd::Function<BatchNorm> {
-  static variable_list forward(AutogradContext* ctx, const Variable& x, const OptionalTensor& weight,
-                               const OptionalTensor& bias, const OptionalTensor& running_mean,
-                               const OptionalTensor& running_var, const OptionalTensor& num_batches_tracked,
-                               bool training, std::optional<double> momentum, double eps,
-                               bool unbiased_running_var, at::IntArrayRef ndims) {
+// What a parameter's gradient has to look like: any shape of C elements will do, in the input's dtype or
+// float32.
+struct Likeness {
+  at::ScalarType dtype = at::ScalarType::Undefined;
+  at::DimVector sizes;
+
+  explicit Likeness(const OptionalTensor& parameter) {
+    if (!present(parameter)) return;
+    dtype = parameter->scalar_type();
+    sizes = parameter->sizes();
+  }
+  at::Tensor of(at::Tensor grad) const {
+    if (grad.scalar_type() != dtype) grad = grad.to(dtype);
+    return sizes.size() == 1 ? grad : grad.view(sizes);
+  }
+};
+
+// A copy of the weight that stands in the graph where the weight does: loading a state between forward and
+// backward must not disturb backward.
+at::Tensor copy_for_backward(const OptionalTensor& weight) {
+  if (!present(weight)) return {};
+  at::Tensor copy;
+  {
     at::AutoDispatchBelowADInplaceOrView below;
-    auto [y, stats] = forward_operator().call(x, weight, bias, running_mean, running_var, num_batches_tracked,
-                                              training, momentum, eps, unbiased_running_var, ndims);
-    ctx->save_for_backward({x, present(weight) ? *weight : Variable(), stats});
-    ctx->saved_data["training"] = training;
-    ctx->saved_data["bias_dtype"] = present(bias) ? static_cast<int64_t>(bias->scalar_type()) : int64_t{-1};
-    ctx->saved_data["bias_size"] = present(bias) ? bias->sizes().vec() : std::vector<int64_t>();
-    ctx->mark_non_differentiable({stats});
-    ctx->set_materialize_grads(false);
-    return {y, stats};
+    copy = weight->clone();
+  }
+  if (weight->requires_grad()) {
+    torch::autograd::impl::set_gradient_edge(copy, torch::autograd::impl::gradient_edge(*weight));
+  }
+  return copy;
+}
+
+// From y to x, weight and bias: written out as torch's own nodes are, because torch::autograd::Function takes
+// longer than a small batch does.
+struct BatchNormNode : torch::autograd::Node {
+  SavedVariable x, weight, stats;
+  Likeness weight_like, bias_like;
+  bool training;
+
+  BatchNormNode(const Variable& x, const OptionalTensor& weight, const OptionalTensor& bias, bool training)
+      : Node(torch::autograd::collect_next_edges(x, weight, bias)),
+        x(x, /*is_output=*/false),
+        weight(copy_for_backward(weight), /*is_output=*/false),
+        weight_like(weight),
+        bias_like(bias),
+        training(training) {}
+
+  std::string name() const override { return "bnext::BatchNormBackward"; }
+
+  void release_variables() override {
+    std::lock_guard<std::mutex> lock(mutex_);
+    for (SavedVariable* saved : {&x, &weight, &stats}) saved->reset_data();
   }
 
-  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-    variable_list result(11);
+  variable_list apply(variable_list&& grads) override {
+    std::lock_guard<std::mutex> lock(mutex_);
+    variable_list result(3);
     if (!grads[0].defined()) return result;
-    const auto saved = ctx->get_saved_variables();
-    const Variable &x = saved[0], &weight = saved[1], &stats = saved[2];
-    const int64_t bias_dtype = ctx->saved_data["bias_dtype"].toInt();
-    // Edges are numbered over the tensors that were given: x, weight, bias.
-    const bool wants_weight = weight.defined() && ctx->needs_input_grad(1);
-    const bool wants_bias = bias_dtype >= 0 && ctx->needs_input_grad(weight.defined() ? 2 : 1);
-    auto [dx, dweight, dbias] =
-        backward_operator().call(grads[0], x, optional(weight), stats, ctx->saved_data["training"].toBool(),
-                                 {ctx->needs_input_grad(0), wants_weight, wants_bias});
-    if (ctx->needs_input_grad(0)) result[0] = dx;
-    if (wants_weight) result[1] = dweight.to(weight.scalar_type()).view_as(weight);
-    if (wants_bias) {
-      result[2] =
-          dbias.to(static_cast<at::ScalarType>(bias_dtype)).view(ctx->saved_data["bias_size"].toIntVector());
-    }
+    const std::array<bool, 3> wanted{task_should_compute_output(0), task_should_compute_output(1),
+                                     task_should_compute_output(2)};
+    auto [dx, dweight, dbias] = backward_operator().call(grads[0], x.unpack(), optional(weight.unpack()),
+                                                         stats.unpack(), training, wanted);
+    if (wanted[0]) result[0] = std::move(dx);
+    if (wanted[1]) result[1] = weight_like.of(std::move(dweight));
+    if (wanted[2]) result[2] = bias_like.of(std::move(dbias));
     return result;
   }
 };
 
-// Shapes (C,) for broadcasting against x.
-at::Tensor along_channels(const at::Tensor& v, const at::Tensor& x) {
-  std::vector<c10::SymInt> sizes(x.dim(), 1);
-  sizes[1] = x.sym_size(1);
-  return v.reshape_symint(sizes);
-}
+// From dx, dweight and dbias to dy, x and weight.
+struct BatchNormBackwardNode : torch::autograd::Node {
+  SavedVariable dy, x, weight, stats;
+  bool training;
 
-struct BatchNormBackward : torch::autograd::Function<BatchNormBackward> {
-  static variable_list forward(AutogradContext* ctx, const Variable& dy, const Variable& x,
-                               const OptionalTensor& weight, const Variable& stats, bool training,
-                               std::array<bool, 3> output_mask) {
-    at::AutoDispatchBelowADInplaceOrView below;
-    auto [dx, dweight, dbias] = backward_operator().call(dy, x, weight, stats, training, output_mask);
-    ctx->save_for_backward({dy, x, present(weight) ? *weight : Variable(), stats});
-    ctx->saved_data["training"] = training;
-    ctx->set_materialize_grads(false);
-    return {dx, dweight, dbias};
+  BatchNormBackwardNode(const Variable& dy, const Variable& x, const OptionalTensor& weight,
+                        const Variable& stats, bool training)
+      : Node(torch::autograd::collect_next_edges(dy, x, weight)),
+        dy(dy, /*is_output=*/false),
+        x(x, /*is_output=*/false),
+        weight(weight, /*is_output=*/false),
+        stats(stats, /*is_output=*/false),
+        training(training) {}
+
+  std::string name() const override { return "bnext::BatchNormBackwardBackward"; }
+
+  void release_variables() override {
+    std::lock_guard<std::mutex> lock(mutex_);
+    for (SavedVariable* saved : {&dy, &x, &weight, &stats}) saved->reset_data();
   }
 
-  static variable_list backward(AutogradContext* ctx, const variable_list& grads);
+  variable_list apply(variable_list&& grads) override {
+    std::lock_guard<std::mutex> lock(mutex_);
+    auto [to_dy, to_x, to_weight] = double_backward({grads[0], grads[1], grads[2]}, dy.unpack(), x.unpack(),
+                                                    weight.unpack(), stats.unpack(), training);
+    return {std::move(to_dy), std::move(to_x), std::move(to_weight)};
+  }
 };
-
-// Let P(v) = v - m(v) - xhat * m(v * xhat), m the mean over a channel, r = invstd; P is the projection behind
-// dx = w r P(dy), self-adjoint, and r P(v) is the pull-back of v through xhat. For the cotangents gx, gw, gb
-// of dx, dweight, dbias:
-//   to dy:  w r P(gx) + gw xhat + gb
-//   to w:   sum(gx * r P(dy))
-//   to x:   -w r^2 (xhat m(gx * P(dy)) + m(dy xhat) P(gx) + m(gx xhat) P(dy)) + gw r P(dy)
-// With fixed statistics P is the identity and r a constant: the first factor of the last line vanishes.
-variable_list BatchNormBackward::backward(AutogradContext* ctx, const variable_list& grads) {
-  variable_list result(6);
-  const auto saved = ctx->get_saved_variables();
-  const bool training = ctx->saved_data["training"].toBool();
-  const auto math = saved[1].scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-  const at::Tensor dy = saved[0].to(math), x = saved[1].to(math);
-  const at::Tensor w = saved[2].defined() ? along_channels(saved[2].to(math), x) : at::ones({1}, x.options());
-  std::vector<int64_t> dims;
-  for (int64_t d = 0; d < x.dim(); ++d) {
-    if (d != 1) dims.push_back(d);
-  }
-  auto m = [&](const at::Tensor& v) { return v.mean(dims, /*keepdim=*/true); };
-
-  // Differentiable in x, so that derivatives of any order are right: the saved invstd is 1/sqrt(var + eps) at
-  // a constant eps, which var and invstd together determine.
-  const at::Tensor saved_mean = along_channels(saved[3].select(0, 0), x);
-  const at::Tensor saved_invstd = along_channels(saved[3].select(0, 1), x);
-  at::Tensor mean = saved_mean.to(math), r = saved_invstd.to(math);
-  at::Tensor centered = (x - mean);
-  if (training) {
-    const at::Tensor shift = m(centered);  // zero in value: carries the derivative of the mean
-    centered = centered - shift;
-    const at::Tensor var = m(centered * centered);
-    const at::Tensor eps = (saved_invstd.pow(-2) - var.detach().to(at::kDouble)).to(math);
-    r = (var + eps).rsqrt();
-  }
-  const at::Tensor xhat = centered * r;
-  auto project = [&](const at::Tensor& v) { return training ? v - m(v) - xhat * m(v * xhat) : v; };
-
-  const at::Tensor zero = at::zeros({1}, x.options());
-  const bool has_gx = grads[0].defined() && grads[0].sym_numel() != 0;
-  const bool has_gw = grads[1].defined() && grads[1].sym_numel() != 0;
-  const bool has_gb = grads[2].defined() && grads[2].sym_numel() != 0;
-  const at::Tensor gx = has_gx ? grads[0].to(math) : at::zeros_like(x);
-  const at::Tensor gw = has_gw ? along_channels(grads[1].to(math), x) : zero;
-  const at::Tensor gb = has_gb ? along_channels(grads[2].to(math), x) : zero;
-
-  const at::Tensor projected_dy = project(dy);
-  result[0] = (w * r * project(gx) + gw * xhat + gb).to(saved[0].scalar_type());
-  at::Tensor to_x = gw * r * projected_dy;
-  if (training) {
-    to_x =
-        to_x -
-        w * r * r * (xhat * m(gx * projected_dy) + m(dy * xhat) * project(gx) + m(gx * xhat) * projected_dy);
-  }
-  result[1] = to_x.to(saved[1].scalar_type());
-  if (saved[2].defined()) {
-    result[2] = (gx * r * projected_dy).sum(dims).to(saved[2].scalar_type()).view_as(saved[2]);
-  }
-  return result;
-}
 
 }  // namespace
 
@@ -170,17 +142,21 @@ ForwardResult batch_norm_autograd(const at::Tensor& x, const OptionalTensor& wei
                                 std::pair<const char*, const OptionalTensor&>("running_var", running_var)}) {
     TORCH_CHECK(!requires_grad(t), name, " is not differentiable: it cannot have requires_grad=True");
   }
-  ForwardResult result;
+  refuse_forward_mode(x, weight, bias);
+  c10::intrusive_ptr<BatchNormNode> node;
   if (at::GradMode::is_enabled() && (x.requires_grad() || requires_grad(weight) || requires_grad(bias))) {
-    // Backward keeps a copy of the weight: loading a state between forward and backward must not disturb it.
-    const OptionalTensor kept = present(weight) ? OptionalTensor(weight->clone()) : weight;
-    auto outputs = BatchNorm::apply(x, kept, bias, running_mean, running_var, num_batches_tracked, training,
-                                    momentum, eps, unbiased_running_var, ndims);
-    result = {outputs[0], outputs[1]};
-  } else {
+    node = c10::make_intrusive<BatchNormNode>(x, weight, bias, training);
+  }
+  ForwardResult result;
+  {
     at::AutoDispatchBelowADInplaceOrView below;
     result = forward_operator().call(x, weight, bias, running_mean, running_var, num_batches_tracked,
                                      training, momentum, eps, unbiased_running_var, ndims);
+  }
+  if (node) {
+    const auto& [y, stats] = result;
+    torch::autograd::set_history(y, node);
+    node->stats = SavedVariable(stats, /*is_output=*/false);
   }
   if (training) {
     for (const OptionalTensor& written : {running_mean, running_var, num_batches_tracked}) {
@@ -193,12 +169,20 @@ ForwardResult batch_norm_autograd(const at::Tensor& x, const OptionalTensor& wei
 BackwardResult batch_norm_backward_autograd(const at::Tensor& dy, const at::Tensor& x,
                                             const OptionalTensor& weight, const at::Tensor& stats,
                                             bool training, std::array<bool, 3> output_mask) {
+  refuse_forward_mode(dy, x, weight);
+  c10::intrusive_ptr<BatchNormBackwardNode> node;
   if (at::GradMode::is_enabled() && (dy.requires_grad() || x.requires_grad() || requires_grad(weight))) {
-    auto outputs = BatchNormBackward::apply(dy, x, weight, stats, training, output_mask);
-    return {outputs[0], outputs[1], outputs[2]};
+    node = c10::make_intrusive<BatchNormBackwardNode>(dy, x, weight, stats, training);
   }
-  at::AutoDispatchBelowADInplaceOrView below;
-  return backward_operator().call(dy, x, weight, stats, training, output_mask);
+  BackwardResult result;
+  {
+    at::AutoDispatchBelowADInplaceOrView below;
+    result = backward_operator().call(dy, x, weight, stats, training, output_mask);
+  }
+  if (node) {
+    std::apply([&](const auto&... outputs) { (torch::autograd::set_history(outputs, node), ...); }, result);
+  }
+  return result;
 }
 
 }  // namespace bnext

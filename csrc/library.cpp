@@ -13,6 +13,7 @@
 #include "cpu/launch.h"
 #include "cpu/memory.h"
 #include "cpu/tiles.h"
+#include "direct_call.h"
 #include "ops.h"
 
 #if !defined(BNEXT_CUDA_REASON)
@@ -120,6 +121,10 @@ std::string plan_text(const Plan& p) {
          number("bytes_moved", p.bytes_moved) + number("bytes_minimum", p.bytes_minimum) + ")";
 }
 
+PyMethodDef batch_norm_method = {
+    "batch_norm", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(bnext::batch_norm_direct)),
+    METH_FASTCALL, nullptr};
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -130,6 +135,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("set_cache_limit", bnext::cpu::set_cache_limit, py::arg("bytes"));
   m.def("plan", plan, py::arg("shape"), py::arg("dtype"), py::arg("layout"), py::arg("training"),
         py::arg("backward"), py::arg("threads"));
+  m.attr("batch_norm") = py::reinterpret_steal<py::object>(PyCFunction_New(&batch_norm_method, nullptr));
   py::class_<Plan>(m, "Plan")
       .def_property_readonly("traversal", [](const Plan& p) { return name(p.geometry.traversal); })
       .def_property_readonly("schedule", [](const Plan& p) { return name(p.schedule); })

@@ -33,6 +33,19 @@ Dtype dtype_of(at::ScalarType dtype) {
   }
 }
 
+const c10::TypedOperatorHandle<ForwardSignature>& forward_operator() {
+  static const auto op =
+      c10::Dispatcher::singleton().findSchemaOrThrow("bnext::batch_norm", "").typed<ForwardSignature>();
+  return op;
+}
+
+const c10::TypedOperatorHandle<BackwardSignature>& backward_operator() {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("bnext::batch_norm_backward", "")
+                             .typed<BackwardSignature>();
+  return op;
+}
+
 namespace {
 
 at::MemoryFormat memory_format_of(const at::Tensor& x) {
@@ -112,8 +125,8 @@ void check_backward(const at::Tensor& dy, const at::Tensor& x, const OptionalTen
   require_statistics(stats, x);
 }
 
-at::TensorOptions parameter_grad_options(const at::Tensor& x) {
-  return x.options().dtype(x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat);
+at::ScalarType parameter_grad_dtype(const at::Tensor& x) {
+  return x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
 }
 
 }  // namespace
@@ -131,7 +144,7 @@ ForwardResult batch_norm_cpu(const at::Tensor& x, const OptionalTensor& weight, 
   }
   const Input input(x);
   at::Tensor y = empty_output(input.dense, input.format);
-  at::Tensor stats = at::empty({2, x.size(1)}, x.options().dtype(at::kDouble).memory_format(c10::nullopt));
+  at::Tensor stats = at::detail::empty_cpu({2, x.size(1)}, at::kDouble);
 
   ForwardArgs args;
   args.extent = input.extent;
@@ -166,9 +179,11 @@ BackwardResult batch_norm_backward_cpu(const at::Tensor& dy, const at::Tensor& x
   const Input input(x);
   const at::Tensor dense_dy = dy.contiguous(input.format), dense_stats = stats.contiguous();
   const Parameter w(weight);
-  const auto options = parameter_grad_options(x);
-  auto per_channel = [&](bool wanted) { return at::empty({wanted ? x.size(1) : 0}, options); };
-  at::Tensor dx = output_mask[0] ? empty_output(input.dense, input.format) : at::empty({0}, x.options());
+  auto per_channel = [&](bool wanted) -> at::Tensor {
+    return at::detail::empty_cpu({wanted ? x.size(1) : 0}, parameter_grad_dtype(x));
+  };
+  at::Tensor dx = output_mask[0] ? empty_output(input.dense, input.format)
+                                 : at::Tensor(at::detail::empty_cpu({0}, x.scalar_type()));
   at::Tensor dweight = per_channel(output_mask[1]), dbias = per_channel(output_mask[2]);
 
   BackwardArgs args;
@@ -202,7 +217,7 @@ BackwardResult batch_norm_backward_meta(const at::Tensor& dy, const at::Tensor& 
                                         const OptionalTensor& weight, const at::Tensor& stats, bool,
                                         std::array<bool, 3> output_mask) {
   check_backward(dy, x, weight, stats);
-  const auto options = parameter_grad_options(x);
+  const auto options = x.options().dtype(parameter_grad_dtype(x));
   auto per_channel = [&](bool wanted) {
     return at::empty_symint({wanted ? x.sym_size(1) : c10::SymInt(0)}, options);
   };

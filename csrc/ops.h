@@ -2,6 +2,7 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <ATen/core/dispatch/Dispatcher.h>
 
 #include <array>
 #include <optional>
@@ -27,6 +28,10 @@ using BackwardSignature = BackwardResult(const at::Tensor& dy, const at::Tensor&
 
 ForwardSignature batch_norm_cpu, batch_norm_meta, batch_norm_autograd;
 BackwardSignature batch_norm_backward_cpu, batch_norm_backward_meta, batch_norm_backward_autograd;
+
+// The operators as the dispatcher calls them: every mode and every key on the tensors has its say.
+const c10::TypedOperatorHandle<ForwardSignature>& forward_operator();
+const c10::TypedOperatorHandle<BackwardSignature>& backward_operator();
 
 // The memory order the kernels see: channels last if x is dense in that order, else contiguous.
 enum class Layout : uint8_t { contiguous, channels_last };

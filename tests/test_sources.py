@@ -1,7 +1,7 @@
 """The house rules that a reader relies on, read off the sources: who may include whom, how files begin and end.
 
     bnext/   modules -> functional -> the operators        (reference stands beside them and knows NumPy only)
-    csrc/    library -> autograd, ops, checks (tensors)
+    csrc/    library -> direct_call, autograd, double_backward, ops, checks (tensors)
                      -> cpu/ (loops) -> plan, dispatch, formulas, args, storage (plain)
 
 An arrow points to what may be used; nothing points back, and nothing below the second arrow of csrc/ knows a tensor.
@@ -24,7 +24,18 @@ GENERATED = {ROOT / "bnext" / "_build_info.py"}
 LONGEST = 300
 
 PLAIN = {"storage.h", "args.h", "formulas.h", "dispatch.h", "plan.h", "plan.cpp"}
-TENSOR_LEVEL = {"checks.h", "ops.h", "ops.cpp", "autograd.cpp", "output_memory.h", "output_memory.cpp"}
+TENSOR_LEVEL = {
+    "checks.h",
+    "ops.h",
+    "ops.cpp",
+    "autograd.cpp",
+    "direct_call.h",
+    "direct_call.cpp",
+    "double_backward.h",
+    "double_backward.cpp",
+    "output_memory.h",
+    "output_memory.cpp",
+}
 TORCH = re.compile(r"^(ATen|c10|torch|pybind11)/")
 
 
@@ -118,15 +129,16 @@ def test_operators_are_registered_in_one_file() -> None:
     assert registering == ["library.cpp"]
 
 
-def test_one_python_file_calls_the_operators() -> None:
-    calling = [path.name for path in (ROOT / "bnext").glob("*.py") if "torch.ops.bnext" in path.read_text()]
+@pytest.mark.parametrize("way", ["torch.ops.bnext", "_C.batch_norm"])
+def test_one_python_file_calls_the_operators(way: str) -> None:
+    calling = [path.name for path in (ROOT / "bnext").glob("*.py") if way in path.read_text()]
     assert calling == ["functional.py"]
 
 
 # What each Python file of the package may import of the package. Files that are not listed are on top.
 LOWER: dict[str, set[str]] = {
     "reference.py": set(),
-    "functional.py": set(),
+    "functional.py": {"._C"},
     "memory.py": {"._C"},
     "modules.py": {".functional"},
 }

@@ -1,0 +1,80 @@
+// From Python objects to the dispatcher in one step.
+#include "direct_call.h"
+
+#include <ATen/PythonTorchFunctionTLS.h>
+#include <c10/util/SmallVector.h>
+#include <torch/csrc/Exceptions.h>
+#include <torch/csrc/autograd/python_variable.h>
+#include <torch/csrc/jit/frontend/tracer.h>
+
+#include "ops.h"
+
+namespace bnext {
+namespace {
+
+// Each reads one argument and says whether it could.
+bool read(PyObject* object, at::Tensor& tensor) {
+  if (!THPVariable_CheckExact(object)) return false;
+  tensor = THPVariable_Unpack(object);
+  return true;
+}
+
+bool read(PyObject* object, OptionalTensor& tensor) {
+  return Py_IsNone(object) || (THPVariable_CheckExact(object) && (tensor = THPVariable_Unpack(object), true));
+}
+
+bool read(PyObject* object, bool& value) {
+  value = object == Py_True;
+  return PyBool_Check(object);
+}
+
+bool read(PyObject* object, double& value) {
+  if (!PyFloat_CheckExact(object)) return false;
+  value = PyFloat_AS_DOUBLE(object);
+  return true;
+}
+
+bool read(PyObject* object, std::optional<double>& value) {
+  return Py_IsNone(object) || read(object, value.emplace());
+}
+
+bool read(PyObject* object, c10::SmallVector<int64_t, 4>& values) {
+  if (!PyTuple_CheckExact(object)) return false;
+  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(object); ++i) {
+    PyObject* item = PyTuple_GET_ITEM(object, i);
+    if (!PyLong_CheckExact(item)) return false;
+    int overflow = 0;
+    values.push_back(PyLong_AsLongLongAndOverflow(item, &overflow));
+    if (overflow != 0) return false;
+  }
+  return true;
+}
+
+}  // namespace
+
+PyObject* batch_norm_direct(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  at::Tensor x;
+  OptionalTensor weight, bias, running_mean, running_var, num_batches_tracked;
+  bool training = false, unbiased_running_var = false;
+  std::optional<double> momentum;
+  double eps = 0;
+  c10::SmallVector<int64_t, 4> ndims;
+  const bool direct = count == 11 && read(args[0], x) && read(args[1], weight) && read(args[2], bias) &&
+                      read(args[3], running_mean) && read(args[4], running_var) &&
+                      read(args[5], num_batches_tracked) && read(args[6], training) &&
+                      read(args[7], momentum) && read(args[8], eps) && read(args[9], unbiased_running_var) &&
+                      read(args[10], ndims) && !at::impl::torch_function_mode_enabled() &&
+                      !torch::jit::tracer::isTracing();
+  if (!direct) Py_RETURN_NONE;
+  at::Tensor y;
+  {
+    pybind11::gil_scoped_release no_gil;
+    y = std::get<0>(forward_operator().call(x, weight, bias, running_mean, running_var, num_batches_tracked,
+                                            training, momentum, eps, unbiased_running_var, ndims));
+  }
+  return THPVariable_Wrap(std::move(y));
+  END_HANDLE_TH_ERRORS
+}
+
+}  // namespace bnext

@@ -1,0 +1,210 @@
+"""The node that backward goes through: what it saves and frees, its edges, the transforms around it."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+
+import bnext
+from bnext.functional import batch_norm
+
+
+def leaves(dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(2)
+    shapes = [(4, 3, 2), (3,), (3,)]
+    return [torch.randn(s, generator=generator, dtype=dtype).requires_grad_() for s in shapes]
+
+
+def loss(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    return batch_norm(x, None, None, weight, bias, training=True).tanh().square().sum()
+
+
+def composed(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    mean, var = x.mean((0, 2), keepdim=True), x.var((0, 2), correction=0, keepdim=True)
+    y = (x - mean) * (var + 1e-5).rsqrt() * weight.view(1, -1, 1) + bias.view(1, -1, 1)
+    return y.tanh().square().sum()
+
+
+def orders(
+    function: Callable[..., Tensor], tensors: list[Tensor], over: list[Tensor] | None = None
+) -> list[Tensor]:
+    """Gradients of first and second order by `tensors`, or by `over`, which they come from."""
+    over = over or tensors
+    first = torch.autograd.grad(function(*tensors), over, create_graph=True)
+    second = torch.autograd.grad(sum(g.square().sum() for g in first), over)
+    return [*first, *second]
+
+
+def close(ours: Any, expected: Any) -> None:
+    torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-11)
+
+
+def test_saved_tensor_hooks() -> None:
+    """What is packed comes back unpacked, through derivatives of second order too."""
+    packed: list[Tensor] = []
+
+    def pack(tensor: Tensor) -> int:
+        packed.append(tensor.detach().clone())
+        return len(packed) - 1
+
+    expected = orders(loss, leaves())
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda index: packed[index]):
+        tensors = leaves()
+        first = torch.autograd.grad(loss(*tensors), tensors)
+    close(list(first), expected[:3])
+    with torch.autograd.graph.save_on_cpu():
+        close(orders(loss, leaves()), expected)
+
+
+@pytest.mark.parametrize("which", [0, 1, 2])
+def test_weights_that_are_computed(which: int) -> None:
+    """Leaves or not: second order reaches what they were computed from, through the copy that is kept."""
+    results = []
+    for function in (loss, composed):
+        over = leaves()
+        tensors = list(over)
+        tensors[which] = over[which] * 3 + over[which].square()
+        results.append(orders(function, tensors, over))
+    close(*results)
+
+
+def test_second_order_after_the_weight_was_written_to() -> None:
+    tensors, expected = leaves(), orders(loss, leaves())
+    value = loss(*tensors)
+    with torch.no_grad():
+        tensors[1].fill_(7)
+    first = torch.autograd.grad(value, tensors, create_graph=True)
+    second = torch.autograd.grad(sum(g.square().sum() for g in first), tensors)
+    close([*first, *second], expected)
+
+
+def test_hooks_on_the_weight() -> None:
+    """Called once with the whole gradient, though two edges lead to it in second order."""
+    tensors = leaves()
+    seen: list[Tensor] = []
+    tensors[1].register_hook(seen.append)
+    loss(*tensors).backward()
+    assert len(seen) == 1
+    assert torch.equal(seen[0], tensors[1].grad)
+
+
+def test_input_written_to_before_backward() -> None:
+    x, weight, bias = leaves()
+    inner = x * 1
+    value = loss(inner, weight, bias)
+    inner.detach().mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        value.backward()
+
+
+def test_backward_frees_what_was_saved() -> None:
+    x, weight, bias = leaves()
+    inner = x * 1
+    alive = weakref.ref(inner)
+    y = batch_norm(inner, None, None, weight, bias, training=True)
+    del inner
+    gc.collect()
+    y.sum().backward()
+    assert y.grad_fn is not None
+    with pytest.raises(RuntimeError, match="second time"):
+        y.sum().backward()
+    gc.collect()
+    assert alive() is None
+
+
+def test_a_graph_that_is_dropped_is_freed() -> None:
+    """By its last reference, not by the collector: the node is in no cycle with its output or the weight's copy."""
+    x, weight, bias = leaves()
+    inner = x * 1
+    alive = weakref.ref(inner)
+    y = batch_norm(inner, None, None, weight * 2, bias, training=True)
+    del inner
+    assert alive() is not None
+    gc.disable()
+    try:
+        del y
+        assert alive() is None
+    finally:
+        gc.enable()
+
+
+def test_the_node_has_a_name() -> None:
+    x, weight, bias = leaves()
+    node = batch_norm(x, None, None, weight, bias, training=True).grad_fn
+    assert node.name() == "bnext::BatchNormBackward"
+    assert [edge is not None for edge, _ in node.next_functions] == [True, True, True]
+
+
+def test_only_the_statistics_are_used() -> None:
+    """No gradient arrives at y: none leaves, and none is asked of the kernels."""
+    x, weight, bias = leaves()
+    y, stats = torch.ops.bnext.batch_norm(x, weight, bias, None, None, None, True, 0.1, 1e-5, True, [])
+    assert y.requires_grad
+    assert not stats.requires_grad
+    undefined = torch._C._functions.UndefinedGrad()(y)
+    assert torch.autograd.grad(undefined.sum(), [x, weight, bias], allow_unused=True) == (None, None, None)
+
+
+def test_func_grad() -> None:
+    for argument in (0, 1, 2):
+        ours, expected = (torch.func.grad(f, argument)(*leaves()) for f in (loss, composed))
+        close(ours.detach(), expected.detach())
+
+
+def test_func_grad_twice() -> None:
+    def penalty(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+        return sum(g.square().sum() for g in torch.func.grad(function, (0, 1, 2))(*tensors))
+
+    for argument in (0, 1, 2):
+        ours, expected = (
+            torch.func.grad(lambda *t, f=f: penalty(f, *t), argument)(*leaves()) for f in (loss, composed)
+        )
+        close(ours.detach(), expected.detach())
+
+
+def dual(position: int, requires_grad: bool) -> Tensor:
+    with forward_ad.dual_level():
+        tensors = [t.requires_grad_(requires_grad) for t in leaves()]
+        tensors[position] = forward_ad.make_dual(tensors[position], torch.ones_like(tensors[position]))
+        return loss(*tensors)
+
+
+@pytest.mark.parametrize("requires_grad", [True, False])
+@pytest.mark.parametrize("position", [0, 1, 2])
+def test_forward_mode_is_refused(position: int, requires_grad: bool) -> None:
+    """Not supported; a tangent that was dropped would be a wrong zero."""
+    with pytest.raises(NotImplementedError, match="forward AD with bnext::batch_norm"):
+        dual(position, requires_grad)
+
+
+def test_forward_mode_is_refused_in_backward() -> None:
+    x, weight, bias = leaves()
+    y = batch_norm(x, None, None, weight, bias, training=True)
+    with (
+        forward_ad.dual_level(),
+        pytest.raises(NotImplementedError, match="forward AD with bnext::batch_norm"),
+    ):
+        torch.autograd.grad(y, x, forward_ad.make_dual(torch.ones_like(y), torch.ones_like(y)))
+
+
+def test_func_jvp_is_refused() -> None:
+    x = leaves()[0].detach()
+    with pytest.raises(NotImplementedError, match="forward AD with bnext::batch_norm"):
+        torch.func.jvp(lambda x: loss(x, None, None), (x,), (x,))
+
+
+def test_compiled_autograd_is_refused() -> None:
+    layer, x = bnext.BatchNorm1d(3), torch.randn(4, 3, requires_grad=True)
+    value = nn.functional.relu(layer(x)).sum()
+    with (
+        torch._dynamo.compiled_autograd._enable(torch.compile(backend="eager")),
+        pytest.raises(NotImplementedError, match="bnext::BatchNormBackward"),
+    ):
+        value.backward()
