@@ -35,10 +35,10 @@ struct Moments {
 
 // The center is an element of the channel (or 0), so n*(mean-c)^2 <= n*M2: cancellation in M2 costs at most a
 // factor n.
-BNEXT_HOST_DEVICE Moments moments_from_sums(double center, const Sums& sums, double count) {
-  const double delta = sums.first / count;
+BNEXT_HOST_DEVICE Moments moments_from_sums(double center, const Sums& sums, double inverse_count) {
+  const double delta = sums.first * inverse_count;
   const double m2 = sums.second - sums.first * delta;
-  return {center + delta, m2 < 0 ? 0 : m2 / count};
+  return {center + delta, m2 < 0 ? 0 : m2 * inverse_count};
 }
 
 // More than four standard deviations from the mean: m2 would cancel more than 16 parts in 17.
@@ -51,9 +51,9 @@ BNEXT_HOST_DEVICE double inverse_std(double var, double eps) { return 1.0 / std:
 
 BNEXT_HOST_DEVICE double unbiased_var(double var, double count) { return var * (count / (count - 1)); }
 
-// factor == 0 keeps the old value whatever the batch holds (0 * NaN would not).
+// Not to be asked with factor 0, which keeps the old value whatever the batch holds (0 * NaN would not).
 BNEXT_HOST_DEVICE double running_update(double running, double batch, double factor) {
-  return factor == 0 ? running : (1 - factor) * running + factor * batch;
+  return (1 - factor) * running + factor * batch;
 }
 
 // y = (x - center) * scale + offset
@@ -99,12 +99,12 @@ struct InputGradCoefficients {
 template <class A>
 BNEXT_HOST_DEVICE InputGradCoefficients<A> input_grad_coefficients(const Sums& sums, double mean,
                                                                    double sums_center, double invstd,
-                                                                   double weight, double count) {
+                                                                   double weight, double inverse_count) {
   const A center = static_cast<A>(mean);
   const double scale = weight * invstd;
-  const double slope = -scale * invstd * invstd * centered_second(sums, mean, sums_center) / count;
+  const double slope = -scale * invstd * invstd * centered_second(sums, mean, sums_center) * inverse_count;
   const double rest = mean - static_cast<double>(center);
-  const double offset = -scale * sums.first / count - slope * rest;
+  const double offset = -scale * sums.first * inverse_count - slope * rest;
   return {static_cast<A>(scale), center, static_cast<A>(slope), static_cast<A>(offset)};
 }
 

@@ -114,38 +114,4 @@ BNEXT_HOST_DEVICE U narrow_f16(F value) {
   return (magnitude >= (143u << 23) ? special : finite) | (sign >> 16);
 }
 
-// One scalar of any storage type, read or written as double: for per-channel values, never in element loops.
-BNEXT_HOST_DEVICE double read_scalar(const void* data, Dtype dtype, int64_t index) {
-  switch (dtype) {
-    case Dtype::float32:
-      return static_cast<const float*>(data)[index];
-    case Dtype::float64:
-      return static_cast<const double*>(data)[index];
-    case Dtype::bfloat16:
-      return widen_bf16<float>(uint32_t{static_cast<const uint16_t*>(data)[index]});
-    case Dtype::float16:
-      return widen_f16<float>(uint32_t{static_cast<const uint16_t*>(data)[index]});
-  }
-  return 0;
-}
-
-BNEXT_HOST_DEVICE void write_scalar(void* data, Dtype dtype, int64_t index, double value) {
-  switch (dtype) {
-    case Dtype::float32:
-      static_cast<float*>(data)[index] = static_cast<float>(value);
-      return;
-    case Dtype::float64:
-      static_cast<double*>(data)[index] = value;
-      return;
-    case Dtype::bfloat16:
-      static_cast<uint16_t*>(data)[index] =
-          static_cast<uint16_t>(narrow_bf16<uint32_t>(static_cast<float>(value)));
-      return;
-    case Dtype::float16:
-      static_cast<uint16_t*>(data)[index] =
-          static_cast<uint16_t>(narrow_f16<uint32_t>(static_cast<float>(value)));
-      return;
-  }
-}
-
 }  // namespace bnext

@@ -50,7 +50,7 @@ struct BackwardWork {
 
   // n channels from c on, at most kFoldChannels.
   void fold_some(int64_t c, int64_t n, const Sums* sums) {
-    const auto count = static_cast<double>(args.extent.count());
+    const double inverse_count = 1 / static_cast<double>(args.extent.count());
     const double* const mean = args.mean + c;
     const double* const invstd = args.invstd + c;
     // The reducers subtracted the mean as their arithmetic can hold it.
@@ -72,7 +72,7 @@ struct BackwardWork {
     for (int64_t k = 0; k < n; ++k) {
       const Sums used = args.batch_statistics ? sums[k] : Sums{};
       const auto found =
-          input_grad_coefficients<A>(used, mean[k], held(mean[k]), invstd[k], weight[k], count);
+          input_grad_coefficients<A>(used, mean[k], held(mean[k]), invstd[k], weight[k], inverse_count);
       out[k] = found.scale;
       out[channels + k] = found.center;
       out[2 * channels + k] = found.slope;

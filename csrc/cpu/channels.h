@@ -23,6 +23,15 @@ inline double widen(double value) { return value; }
 inline double widen(bf16 value) { return widen_bf16<float>(uint32_t{value.bits}); }
 inline double widen(f16 value) { return widen_f16<float>(uint32_t{value.bits}); }
 
+inline void narrow(double value, float& out) { out = static_cast<float>(value); }
+inline void narrow(double value, double& out) { out = value; }
+inline void narrow(double value, bf16& out) {
+  out.bits = static_cast<uint16_t>(narrow_bf16<uint32_t>(static_cast<float>(value)));
+}
+inline void narrow(double value, f16& out) {
+  out.bits = static_cast<uint16_t>(narrow_f16<uint32_t>(static_cast<float>(value)));
+}
+
 // out[k] = data[first + k * stride]
 inline void read_channels(const void* data, Dtype dtype, int64_t first, int64_t stride, int64_t count,
                           double* out) {
@@ -43,7 +52,10 @@ inline void read_channels(const ChannelVector& v, int64_t first, int64_t count, 
 }
 
 inline void write_channels(const ChannelVector& v, int64_t first, int64_t count, const double* values) {
-  for (int64_t k = 0; k < count; ++k) write_scalar(v.data, v.dtype, first + k, values[k]);
+  dispatch(v.dtype, [&]<class T>() {
+    T* to = static_cast<T*>(v.data) + first;
+    for (int64_t k = 0; k < count; ++k) narrow(values[k], to[k]);
+  });
 }
 
 }  // namespace bnext::cpu

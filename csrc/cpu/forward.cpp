@@ -1,4 +1,5 @@
 // Training and inference forward: which tiles, and the fold between them.
+#include <algorithm>
 #include <cmath>
 #include <memory>
 
@@ -71,47 +72,53 @@ struct ForwardWork {
     });
   }
 
-  // n channels from c on, at most kFoldChannels.
+  // n channels from c on, at most kFoldChannels. Everything a loop reads or writes is local: it vectorises.
   void fold_some(int64_t c, int64_t n, const Sums* sums) {
-    const auto count = static_cast<double>(args.extent.count());
-    double var[kFoldChannels], weight[kFoldChannels], bias[kFoldChannels];
-    double* const mean = args.mean + c;
-    double* const invstd = args.invstd + c;
+    const double count = static_cast<double>(args.extent.count()), eps = args.eps;
+    double mean[kFoldChannels], var[kFoldChannels], invstd[kFoldChannels], weight[kFoldChannels],
+        bias[kFoldChannels];
     if (sums != nullptr) {
+      const double inverse_count = 1 / count;
       const double* const centers = center.get() + c;
       for (int64_t k = 0; k < n; ++k) {
-        const Moments m = moments_from_sums(centers[k], sums[k], count);
+        const Moments m = moments_from_sums(centers[k], sums[k], inverse_count);
         mean[k] = m.mean;
         var[k] = m.var;
       }
-      if (args.running_mean) {
-        update(args.running_mean, c, n, [&](int64_t k) { return mean[k]; });
-        update(args.running_var, c, n,
-               [&](int64_t k) { return args.unbiased_running_var ? unbiased_var(var[k], count) : var[k]; });
-      }
+      update_running(c, n, mean, var);
     } else {
       read_channels(args.running_mean, c, n, 0, mean);
       read_channels(args.running_var, c, n, 1, var);
     }
     read_channels(args.weight, c, n, 1, weight);
     read_channels(args.bias, c, n, 0, bias);
-    A* const out = coefficients.get() + c;
-    const int64_t channels = args.extent.channels;
+    A centers[kFoldChannels], scale[kFoldChannels], offset[kFoldChannels];
     for (int64_t k = 0; k < n; ++k) {
-      invstd[k] = inverse_std(var[k], args.eps);
+      invstd[k] = inverse_std(var[k], eps);
       const auto found = normalize_coefficients<A>(mean[k], invstd[k], weight[k], bias[k]);
-      out[k] = found.center;
-      out[channels + k] = found.scale;
-      out[2 * channels + k] = found.offset;
+      centers[k] = found.center;
+      scale[k] = found.scale;
+      offset[k] = found.offset;
     }
+    std::copy_n(mean, n, args.mean + c);
+    std::copy_n(invstd, n, args.invstd + c);
+    A* const out = coefficients.get() + c;
+    std::copy_n(centers, n, out);
+    std::copy_n(scale, n, out + args.extent.channels);
+    std::copy_n(offset, n, out + 2 * args.extent.channels);
   }
 
-  template <class F>
-  void update(const ChannelVector& running, int64_t c, int64_t n, F batch) const {
-    double values[kFoldChannels];
-    read_channels(running, c, n, 0, values);
-    for (int64_t k = 0; k < n; ++k) values[k] = running_update(values[k], batch(k), factor);
-    write_channels(running, c, n, values);
+  void update_running(int64_t c, int64_t n, const double* mean, const double* var) const {
+    if (!args.running_mean || factor == 0) return;
+    const double bessel =
+        args.unbiased_running_var ? unbiased_var(1, static_cast<double>(args.extent.count())) : 1;
+    double running[kFoldChannels];
+    read_channels(args.running_mean, c, n, 0, running);
+    for (int64_t k = 0; k < n; ++k) running[k] = running_update(running[k], mean[k], factor);
+    write_channels(args.running_mean, c, n, running);
+    read_channels(args.running_var, c, n, 0, running);
+    for (int64_t k = 0; k < n; ++k) running[k] = running_update(running[k], var[k] * bessel, factor);
+    write_channels(args.running_var, c, n, running);
   }
 };
 

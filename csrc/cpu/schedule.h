@@ -101,10 +101,11 @@ void run(const Plan& plan, Work& work) {
   if (work.reduce != nullptr) {
     for_each_task(plan.threads, plan.slabs, [&](int64_t slab) {
       const Tile whole = tile_at(slab, 0);
-      std::vector<Sums> sums(whole.channels()), part(whole.channels());
+      std::vector<Sums> sums(whole.channels()), part(plan.chunks > 1 ? whole.channels() : 0);
       work.prepare(whole.channel_begin, whole.channel_end);
       auto reduce = [&] {
         std::fill(sums.begin(), sums.end(), Sums{});
+        if (plan.chunks == 1) return call(work.reduce, whole, sums.data());
         for (int64_t chunk = 0; chunk < plan.chunks; ++chunk) {
           std::fill(part.begin(), part.end(), Sums{});
           call(work.reduce, tile_at(slab, chunk), part.data());
