@@ -1,7 +1,7 @@
 """The memory of large outputs on the CPU: freed blocks are kept for the next tensor of the size.
 
 Memory fresh from the system costs as much as normalizing it: every page faults at its first touch. Outputs and input
-gradients of 4 MB and more therefore come from blocks of huge pages that are used again. The system may take back the
+gradients of 2 MB and more therefore come from blocks of huge pages that are used again. The system may take back the
 pages of a block that nobody uses (MADV_FREE), though tools may go on counting them as the process's own.
 """
 

@@ -11,7 +11,7 @@
 namespace bnext::cpu {
 
 // Below this size the C library's allocator mostly hands out memory that was touched before.
-constexpr size_t kLargeBytes = size_t{4} << 20;
+constexpr size_t kLargeBytes = size_t{2} << 20;
 
 // A block of at least `bytes`, aligned to a huge page; null where the system has none. Thread-safe, as all
 // here.
