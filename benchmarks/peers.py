@@ -142,6 +142,8 @@ def _require_onednn(case: Case) -> None:
         raise Unsupported("torch was built without oneDNN")
     if case.dtype not in ("float32", "bfloat16"):
         raise Unsupported("torch's batch norm takes mkldnn tensors of float32 and bfloat16 only")
+    if case.dtype == "bfloat16" and "AVX512" not in torch.backends.cpu.get_cpu_capability():
+        raise Unsupported("torch's batch norm takes mkldnn tensors of bfloat16 with AVX-512 only")
 
 
 def _clone(case: Case, x: Tensor, dy: Tensor) -> Subject:
