@@ -1,8 +1,11 @@
-# Every target sets itself up: a virtual environment of its own in .venv, torch unless PYTHON has one already, the
+# Every target but gpu sets itself up: a virtual environment of its own in .venv, torch unless PYTHON has one already, the
 # extension built in place. A second call does only what changed; C++ is compiled again, Python needs nothing.
 #   make demo    the examples: our layer beside torch's        make lint     format check, ruff, mypy
 #   make test    the test suite (ARGS="-k word" and the like)  make format   formats C++ and Python
 #   make bench   measurements (ARGS=...)                       make clean    removes what was built
+#   make gpu     on a machine with an NVIDIA GPU, ten minutes: builds in place for that GPU, tests, sanitizer and
+#                benchmark on it, results in benchmarks/results. Uses PYTHON as it is and installs nothing; needs nvcc,
+#                a CUDA build of torch 2.11 or newer, pytest and NumPy. ARGS="--only smoke bench" runs a part.
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 
@@ -15,7 +18,7 @@ ENVIRONMENT := $(VENV)/.environment
 BUILT := $(VENV)/.built
 TOOLS := $(VENV)/.tools
 
-.PHONY: demo test lint format bench clean
+.PHONY: demo test lint format bench gpu clean
 
 demo: $(BUILT)
 	$(PY) examples/notebook.py
@@ -37,6 +40,12 @@ format: $(TOOLS)
 
 bench: $(TOOLS)
 	$(PY) -m benchmarks $(ARGS)
+
+gpu:
+	@found=$$($(PYTHON) -m benchmarks.gpu --needs) && export TORCH_CUDA_ARCH_LIST="$${TORCH_CUDA_ARCH_LIST:-$$found}" && \
+	  echo "building bnext for compute capability $$TORCH_CUDA_ARCH_LIST" && \
+	  BNEXT_CUDA=1 $(PYTHON) setup.py --quiet build_ext --inplace && \
+	  $(PYTHON) -m benchmarks.gpu $(ARGS)
 
 clean:
 	rm -rf build dist *.egg-info bnext/_C*.so bnext/_build_info.py .mypy_cache .pytest_cache .ruff_cache .hypothesis

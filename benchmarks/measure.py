@@ -139,7 +139,7 @@ def _results(subject: Subject, case: Case) -> dict[str, Tensor]:
 
 def reference(case: Case, x: Tensor, dy: Tensor) -> dict[str, Tensor]:
     """The results of torch's layer in float64."""
-    module = eager_module(case, dtype=torch.float64)
+    module = eager_module(case, dtype=torch.float64).to(x.device)
     wide = x.double().requires_grad_(case.operation != "eval")
     return _results(Subject("reference", module, wide, dy.double(), module), case)
 

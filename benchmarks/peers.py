@@ -86,17 +86,18 @@ def _bnext(case: Case, x: Tensor, dy: Tensor) -> Subject:
         raise Unsupported(str(error)) from error
     layers = {2: bnext.BatchNorm1d, 3: bnext.BatchNorm1d, 4: bnext.BatchNorm2d, 5: bnext.BatchNorm3d}
     module = _fill(layers[len(case.shape)](case.shape[1], dtype=case.parameter_dtype), case)
+    module.to(x.device)
     return Subject("bnext", module, x, dy, module)
 
 
 def _eager(case: Case, x: Tensor, dy: Tensor) -> Subject:
-    module = eager_module(case)
+    module = eager_module(case).to(x.device)
     return Subject("eager", module, x, dy, module)
 
 
 def _compile(case: Case, x: Tensor, dy: Tensor) -> Subject:
     torch.compiler.reset()  # past a number of shapes, torch would run the rest in eager mode without a word
-    module = eager_module(case)
+    module = eager_module(case).to(x.device)
     return Subject("compile", torch.compile(module, dynamic=False, fullgraph=True), x, dy, module)
 
 

@@ -13,7 +13,7 @@ import torch
 
 Shape = tuple[int, ...]
 
-# The 53 batch norms of a ResNet-50 at batch 32 and 224x224 pixels: (channels, side, multiplicity).
+# The 53 batch norms of a ResNet-50 at 224x224 pixels: (channels, side, multiplicity).
 _RESNET50 = (
     (64, 112, 1),
     (64, 56, 6),
@@ -29,8 +29,13 @@ _RESNET50 = (
     (2048, 7, 4),
 )
 
+
+def resnet50(batch: int) -> tuple[tuple[Shape, int], ...]:
+    return tuple(((batch, c, side, side), times) for c, side, times in _RESNET50)
+
+
 LISTS: dict[str, tuple[tuple[Shape, int], ...]] = {
-    "resnet50": tuple(((32, c, side, side), times) for c, side, times in _RESNET50),
+    "resnet50": resnet50(32),
     # Calls of a few microseconds, where overhead decides; odd channels and planes smaller than a vector.
     "small": tuple(
         (shape, 1)

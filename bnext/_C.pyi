@@ -39,6 +39,74 @@ class Plan:
     def bytes_minimum(self) -> int:
         """Bytes no schedule avoids: every tensor once."""
 
+@final
+class CudaDevice:
+    """What a plan needs to know of a GPU: multiprocessors, bytes per second of its memory, bytes of its caches."""
+
+    def __init__(
+        self,
+        multiprocessors: int,
+        bandwidth: float,
+        l2: int,
+        shared_memory: int = 49152,
+        block_threads: int = 1024,
+    ) -> None: ...
+    @property
+    def multiprocessors(self) -> int: ...
+    @property
+    def bandwidth(self) -> float:
+        """Bytes per second to and from memory."""
+    @property
+    def l2(self) -> int:
+        """Bytes of the cache that all multiprocessors share."""
+    @property
+    def shared_memory(self) -> int:
+        """Bytes that a block may ask for."""
+    @property
+    def block_threads(self) -> int:
+        """Threads that a block may have."""
+
+@final
+class CudaPlan:
+    """What one call would do on a GPU: which kernels, in how many blocks, over how many bytes."""
+
+    @property
+    def engine(self) -> Literal["streaming"]:
+        """`streaming`: a kernel that reduces, then one that maps, walking backwards."""
+    @property
+    def traversal(self) -> Literal["planes", "rows"]:
+        """`planes` (a block works in one channel) or `rows` (in columns of channels that lie side by side)."""
+    @property
+    def launches(self) -> int:
+        """Kernels of the call, everything included."""
+    @property
+    def reduce_blocks(self) -> int:
+        """Blocks of the kernel that reduces; 0 where nothing is reduced."""
+    @property
+    def reduce_threads(self) -> int:
+        """Threads of each of them."""
+    @property
+    def map_blocks(self) -> int:
+        """Blocks of the kernel that maps."""
+    @property
+    def map_threads(self) -> int:
+        """Threads of each of them."""
+    @property
+    def scratch_bytes(self) -> int:
+        """Memory for partial sums during the call."""
+    @property
+    def streaming_stores(self) -> bool:
+        """Whether the result is written past L2."""
+    @property
+    def bytes_moved(self) -> int:
+        """Bytes to and from memory under this plan, with what L2 keeps from one kernel to the next."""
+    @property
+    def bytes_minimum(self) -> int:
+        """Bytes no schedule avoids: every tensor once."""
+    @property
+    def floor_seconds(self) -> float:
+        """bytes_minimum at the device's bandwidth."""
+
 def batch_norm(*arguments: object) -> Tensor | None:
     """The operator on the arguments of its schema, y alone; None, and nothing done, where torch.ops must be asked."""
 
@@ -54,3 +122,7 @@ def plan(
     backward: bool,
     threads: int | None,
 ) -> Plan: ...
+def cuda_plan(
+    shape: list[int], dtype: str, layout: str, training: bool, backward: bool, device: CudaDevice
+) -> CudaPlan: ...
+def cuda_device(index: int) -> CudaDevice: ...

@@ -5,6 +5,7 @@
 - reference: the same in NumPy and float64, the specification
 - memory: what the blocks of large outputs keep, and how to limit it
 - plan, build_info: which schedule a call takes, how the extension was built
+- CudaDevice: a GPU described, for plans without one
 """
 
 from ._build_check import require_build
@@ -12,7 +13,7 @@ from ._build_check import require_build
 require_build()
 
 from . import functional, memory, reference
-from ._C import build_info
+from ._C import CudaDevice, build_info
 from .modules import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from .planning import plan
 
@@ -22,6 +23,7 @@ __all__ = [
     "BatchNorm1d",
     "BatchNorm2d",
     "BatchNorm3d",
+    "CudaDevice",
     "__version__",
     "build_info",
     "functional",

@@ -1,4 +1,7 @@
-"""`bnext.plan`: asks the extension which schedule a call would take, without making the call."""
+"""`bnext.plan`: asks the extension which schedule a call would take, without making the call.
+
+A plan for a GPU needs no GPU: `CudaDevice` describes one, by its multiprocessors, caches and bandwidth.
+"""
 
 from collections.abc import Sequence
 from operator import index
@@ -7,6 +10,7 @@ import torch
 from torch import Tensor
 
 from . import _C
+from ._C import CudaDevice
 
 # The ranks for which torch has a channels-last order, and so the operators too.
 _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
@@ -32,6 +36,21 @@ def _layout_named(layout: str | torch.memory_format, rank: int) -> str:
     return "channels_last"
 
 
+def _gpu(device: torch.device | str | CudaDevice | None) -> CudaDevice | None:
+    """The description of a GPU, None for the CPU."""
+    if device is None or isinstance(device, CudaDevice):
+        return device
+    place = torch.device(device)
+    if place.type == "cpu":
+        return None
+    if place.type != "cuda":
+        raise ValueError(f"expected device cpu, cuda or a CudaDevice, but got {place}")
+    index = place.index
+    if index is None:
+        index = torch.cuda.current_device() if torch.cuda.is_available() else 0
+    return _C.cuda_device(index)
+
+
 def plan(
     x_or_shape: Tensor | Sequence[int],
     dtype: torch.dtype | None = None,
@@ -39,8 +58,9 @@ def plan(
     training: bool = True,
     backward: bool = False,
     threads: int | None = None,
-) -> _C.Plan:
-    """Says how bnext would work on an input: traversal, schedule, threads, bytes moved.
+    device: torch.device | str | CudaDevice | None = None,
+) -> _C.Plan | _C.CudaPlan:
+    """Says how bnext would work on an input: traversal, schedule or engine, threads or blocks, bytes moved.
 
     Args:
         x_or_shape: a tensor, or the shape of one, channels at dimension 1.
@@ -49,19 +69,23 @@ def plan(
             contiguous for a shape.
         training: with the batch's statistics; False: with the running ones.
         backward: the plan of the backward pass; False: of the forward pass.
-        threads: how many may work; unless given torch.get_num_threads().
+        threads: how many may work on the CPU; unless given torch.get_num_threads().
+        device: where; unless given the tensor's own, the CPU for a shape. A `CudaDevice` describes a GPU that need
+            not be there.
 
     Returns:
         A read-only object with the fields that `_C.pyi` lists.
 
     Raises:
         TypeError: neither a tensor nor a sequence of integers.
-        ValueError: a shape, dtype, layout or number of threads that no call could have.
+        ValueError: a shape, dtype, layout, number of threads or device that no call could have.
+        RuntimeError: a GPU of this machine in a build without CUDA.
     """
     if isinstance(x_or_shape, Tensor):
         shape = list(x_or_shape.shape)
         dtype = x_or_shape.dtype if dtype is None else dtype
         layout = _layout_of(x_or_shape) if layout is None else layout
+        device = x_or_shape.device if device is None else device
     else:
         try:
             shape = [index(size) for size in x_or_shape]
@@ -69,4 +93,9 @@ def plan(
             raise TypeError(f"expected a tensor or a sequence of integers, but got {x_or_shape!r}") from None
     dtype_name = str(torch.float32 if dtype is None else dtype).removeprefix("torch.")
     layout_name = _layout_named("contiguous" if layout is None else layout, len(shape))
-    return _C.plan(shape, dtype_name, layout_name, training, backward, threads)
+    gpu = _gpu(device)
+    if gpu is None:
+        return _C.plan(shape, dtype_name, layout_name, training, backward, threads)
+    if threads is not None:
+        raise ValueError(f"expected threads with the CPU only, but got {threads} and device {device}")
+    return _C.cuda_plan(shape, dtype_name, layout_name, training, backward, gpu)

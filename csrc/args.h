@@ -24,7 +24,7 @@ struct ChannelVector {
   void* data = nullptr;
   Dtype dtype = Dtype::float32;
 
-  explicit operator bool() const { return data != nullptr; }
+  constexpr explicit operator bool() const { return data != nullptr; }
 };
 
 struct ForwardArgs {

@@ -7,7 +7,7 @@ namespace bnext {
 
 // f.operator()<T>() for the storage type T of dtype.
 template <class F>
-decltype(auto) dispatch(Dtype dtype, F&& f) {
+BNEXT_HOST_DEVICE decltype(auto) dispatch(Dtype dtype, F&& f) {
   switch (dtype) {
     case Dtype::float64:
       return f.template operator()<double>();

@@ -28,6 +28,11 @@ struct Sums {
   }
 };
 
+// Of three; a NaN or an infinity among them is not it.
+BNEXT_HOST_DEVICE double median_of(double a, double b, double c) {
+  return std::fmax(std::fmin(a, b), std::fmin(std::fmax(a, b), c));
+}
+
 struct Moments {
   double mean;
   double var;  // biased
@@ -112,6 +117,11 @@ template <class V>
 BNEXT_HOST_DEVICE V input_grad(const V& dz, const V& x, const V& scale, const V& center, const V& slope,
                                const V& offset) {
   return dz * scale + ((x - center) * slope + offset);
+}
+
+template <class V>
+BNEXT_HOST_DEVICE V fixed_input_grad(const V& dz, const V& scale) {
+  return dz * scale;
 }
 
 }  // namespace bnext

@@ -1,12 +1,10 @@
 // The table of contents: every operator's schema and implementations, and the Python module bnext._C, which
 // carries what is not an operator.
-#include <ATen/Parallel.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 #include <torch/library.h>
 #include <torch/version.h>
 
-#include <optional>
 #include <string>
 #include <vector>
 
@@ -15,6 +13,7 @@
 #include "cpu/tiles.h"
 #include "direct_call.h"
 #include "ops.h"
+#include "plan_bindings.h"
 
 #if !defined(BNEXT_CUDA_REASON)
 #define BNEXT_CUDA_REASON "not decided by the build"
@@ -40,8 +39,13 @@ TORCH_LIBRARY(bnext, m) {
 }
 
 TORCH_LIBRARY_IMPL(bnext, CPU, m) {
-  m.impl("batch_norm", bnext::batch_norm_cpu);
-  m.impl("batch_norm_backward", bnext::batch_norm_backward_cpu);
+  m.impl("batch_norm", bnext::batch_norm_dense);
+  m.impl("batch_norm_backward", bnext::batch_norm_backward_dense);
+}
+
+TORCH_LIBRARY_IMPL(bnext, CUDA, m) {
+  m.impl("batch_norm", bnext::batch_norm_dense);
+  m.impl("batch_norm_backward", bnext::batch_norm_backward_dense);
 }
 
 TORCH_LIBRARY_IMPL(bnext, Meta, m) {
@@ -57,7 +61,6 @@ TORCH_LIBRARY_IMPL(bnext, Autograd, m) {
 namespace {
 
 namespace py = pybind11;
-using bnext::Plan;
 
 py::dict build_info() {
   std::vector<std::string> compiled;
@@ -80,45 +83,13 @@ py::dict build_info() {
 #endif
   info["private_cache"] = machine.private_cache;
   info["shared_cache"] = machine.shared_cache;
+#if BNEXT_CUDA
+  info["cuda"] = true;
+#else
   info["cuda"] = false;
+#endif
   info["cuda_reason"] = BNEXT_CUDA_REASON;
   return info;
-}
-
-bnext::Dtype dtype_named(const std::string& name) {
-  if (name == "float32") return bnext::Dtype::float32;
-  if (name == "float64") return bnext::Dtype::float64;
-  if (name == "bfloat16") return bnext::Dtype::bfloat16;
-  if (name == "float16") return bnext::Dtype::float16;
-  throw py::value_error("expected dtype float32, float64, bfloat16 or float16, but got " + name);
-}
-
-Plan plan(const std::vector<int64_t>& shape, const std::string& dtype, const std::string& layout,
-          bool training, bool backward, std::optional<int> threads) {
-  if (shape.size() < 2) throw py::value_error("expected a shape of at least 2 dimensions");
-  for (const int64_t size : shape) {
-    if (size < 0) throw py::value_error("expected sizes of 0 and more in shape");
-  }
-  if (shape[1] == 0) throw py::value_error("expected at least one channel in shape");
-  if (layout != "contiguous" && layout != "channels_last") {
-    throw py::value_error("expected layout contiguous or channels_last, but got " + layout);
-  }
-  const int used = threads.value_or(at::get_num_threads());
-  if (used < 1) throw py::value_error("expected at least 1 thread, but got " + std::to_string(used));
-  const auto order = layout == "contiguous" ? bnext::Layout::contiguous : bnext::Layout::channels_last;
-  const auto pass = backward ? (training ? bnext::Pass::backward : bnext::Pass::frozen_backward)
-                             : (training ? bnext::Pass::forward : bnext::Pass::inference);
-  return make_plan({bnext::extent_of(shape, order), dtype_named(dtype), pass}, bnext::cpu::machine(used));
-}
-
-std::string plan_text(const Plan& p) {
-  auto number = [](const char* key, int64_t value) {
-    return std::string(", ") + key + "=" + std::to_string(value);
-  };
-  return std::string("Plan(traversal='") + name(p.geometry.traversal) + "', schedule='" + name(p.schedule) +
-         "'" + number("slabs", p.slabs) + number("slab_channels", p.slab_channels) +
-         number("chunks", p.chunks) + number("threads", p.threads) + number("cache_bytes", p.cache_bytes) +
-         number("bytes_moved", p.bytes_moved) + number("bytes_minimum", p.bytes_minimum) + ")";
 }
 
 PyMethodDef batch_norm_method = {
@@ -133,19 +104,6 @@ PYBIND11_MODULE(_C, m) {
   m.def("empty_cache", bnext::cpu::empty_cache, py::call_guard<py::gil_scoped_release>());
   m.def("cached_bytes", bnext::cpu::cached_bytes);
   m.def("set_cache_limit", bnext::cpu::set_cache_limit, py::arg("bytes"));
-  m.def("plan", plan, py::arg("shape"), py::arg("dtype"), py::arg("layout"), py::arg("training"),
-        py::arg("backward"), py::arg("threads"));
+  bnext::bind_plans(m);
   m.attr("batch_norm") = py::reinterpret_steal<py::object>(PyCFunction_New(&batch_norm_method, nullptr));
-  py::class_<Plan>(m, "Plan")
-      .def_property_readonly("traversal", [](const Plan& p) { return name(p.geometry.traversal); })
-      .def_property_readonly("schedule", [](const Plan& p) { return name(p.schedule); })
-      .def_readonly("slabs", &Plan::slabs)
-      .def_readonly("slab_channels", &Plan::slab_channels)
-      .def_readonly("chunks", &Plan::chunks)
-      .def_readonly("threads", &Plan::threads)
-      .def_readonly("streaming_stores", &Plan::streaming_stores)
-      .def_readonly("cache_bytes", &Plan::cache_bytes)
-      .def_readonly("bytes_moved", &Plan::bytes_moved)
-      .def_readonly("bytes_minimum", &Plan::bytes_minimum)
-      .def("__repr__", plan_text);
 }

@@ -1,15 +1,11 @@
-// Tensor level: check, extent, plan, allocate, launch.
+// Tensor level: check, extent, allocate, launch.
 #include "ops.h"
 
-#include <ATen/EmptyTensor.h>
 #include <ATen/MemoryOverlap.h>
-#include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
 
 #include "checks.h"
-#include "cpu/launch.h"
-#include "output_memory.h"
+#include "engine.h"
 
 namespace bnext {
 
@@ -90,16 +86,6 @@ struct Parameter {
   }
 };
 
-at::Tensor empty_output(const at::Tensor& dense, at::MemoryFormat format) {
-  return at::detail::empty_generic(dense.sizes(), output_allocator(dense.nbytes()),
-                                   c10::DispatchKeySet(c10::DispatchKey::CPU), dense.scalar_type(), format);
-}
-
-Plan plan_for(const Input& input, Pass pass) {
-  return make_plan({input.extent, dtype_of(input.dense.scalar_type()), pass},
-                   cpu::machine(at::get_num_threads()));
-}
-
 void check_forward(const at::Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias,
                    const OptionalTensor& running_mean, const OptionalTensor& running_var,
                    const OptionalTensor& num_batches_tracked, bool training, double eps,
@@ -131,12 +117,13 @@ at::ScalarType parameter_grad_dtype(const at::Tensor& x) {
 
 }  // namespace
 
-ForwardResult batch_norm_cpu(const at::Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias,
-                             const OptionalTensor& running_mean, const OptionalTensor& running_var,
-                             const OptionalTensor& num_batches_tracked, bool training,
-                             std::optional<double> momentum, double eps, bool unbiased_running_var,
-                             at::IntArrayRef ndims) {
+ForwardResult batch_norm_dense(const at::Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias,
+                               const OptionalTensor& running_mean, const OptionalTensor& running_var,
+                               const OptionalTensor& num_batches_tracked, bool training,
+                               std::optional<double> momentum, double eps, bool unbiased_running_var,
+                               at::IntArrayRef ndims) {
   check_forward(x, weight, bias, running_mean, running_var, num_batches_tracked, training, eps, ndims);
+  require_engine(x);
   const Parameter w(weight), b(bias), mean(running_mean), var(running_var);
   if (training) {
     mean.require_writable();
@@ -144,7 +131,7 @@ ForwardResult batch_norm_cpu(const at::Tensor& x, const OptionalTensor& weight, 
   }
   const Input input(x);
   at::Tensor y = empty_output(input.dense, input.format);
-  at::Tensor stats = at::detail::empty_cpu({2, x.size(1)}, at::kDouble);
+  at::Tensor stats = empty_vector({2, x.size(1)}, at::kDouble, x);
 
   ForwardArgs args;
   args.extent = input.extent;
@@ -164,7 +151,7 @@ ForwardResult batch_norm_cpu(const at::Tensor& x, const OptionalTensor& weight, 
   args.cumulative = !momentum.has_value();
   args.batch_statistics = training;
   args.unbiased_running_var = unbiased_running_var;
-  cpu::forward(args, plan_for(input, training ? Pass::forward : Pass::inference));
+  run(args, training ? Pass::forward : Pass::inference, x);
   if (training) {
     mean.finish();
     var.finish();
@@ -172,18 +159,19 @@ ForwardResult batch_norm_cpu(const at::Tensor& x, const OptionalTensor& weight, 
   return {y, stats};
 }
 
-BackwardResult batch_norm_backward_cpu(const at::Tensor& dy, const at::Tensor& x,
-                                       const OptionalTensor& weight, const at::Tensor& stats, bool training,
-                                       std::array<bool, 3> output_mask) {
+BackwardResult batch_norm_backward_dense(const at::Tensor& dy, const at::Tensor& x,
+                                         const OptionalTensor& weight, const at::Tensor& stats, bool training,
+                                         std::array<bool, 3> output_mask) {
   check_backward(dy, x, weight, stats);
+  require_engine(x);
   const Input input(x);
   const at::Tensor dense_dy = dy.contiguous(input.format), dense_stats = stats.contiguous();
   const Parameter w(weight);
   auto per_channel = [&](bool wanted) -> at::Tensor {
-    return at::detail::empty_cpu({wanted ? x.size(1) : 0}, parameter_grad_dtype(x));
+    return empty_vector({wanted ? x.size(1) : 0}, parameter_grad_dtype(x), x);
   };
-  at::Tensor dx = output_mask[0] ? empty_output(input.dense, input.format)
-                                 : at::Tensor(at::detail::empty_cpu({0}, x.scalar_type()));
+  at::Tensor dx =
+      output_mask[0] ? empty_output(input.dense, input.format) : empty_vector({0}, x.scalar_type(), x);
   at::Tensor dweight = per_channel(output_mask[1]), dbias = per_channel(output_mask[2]);
 
   BackwardArgs args;
@@ -199,7 +187,7 @@ BackwardResult batch_norm_backward_cpu(const at::Tensor& dy, const at::Tensor& x
   args.dbias = output_mask[2] ? dbias.data_ptr() : nullptr;
   args.batch_statistics = training;
   if (output_mask[0] || output_mask[1] || output_mask[2]) {
-    cpu::backward(args, plan_for(input, training ? Pass::backward : Pass::frozen_backward));
+    run(args, training ? Pass::backward : Pass::frozen_backward, x);
   }
   return {dx, dweight, dbias};
 }

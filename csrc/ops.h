@@ -26,8 +26,9 @@ using BackwardSignature = BackwardResult(const at::Tensor& dy, const at::Tensor&
                                          const OptionalTensor& weight, const at::Tensor& stats, bool training,
                                          std::array<bool, 3> output_mask);
 
-ForwardSignature batch_norm_cpu, batch_norm_meta, batch_norm_autograd;
-BackwardSignature batch_norm_backward_cpu, batch_norm_backward_meta, batch_norm_backward_autograd;
+// dense: the same for every device that has an engine.
+ForwardSignature batch_norm_dense, batch_norm_meta, batch_norm_autograd;
+BackwardSignature batch_norm_backward_dense, batch_norm_backward_meta, batch_norm_backward_autograd;
 
 // The operators as the dispatcher calls them: every mode and every key on the tensors has its say.
 const c10::TypedOperatorHandle<ForwardSignature>& forward_operator();

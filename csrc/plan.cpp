@@ -36,9 +36,7 @@ int64_t gcd(int64_t a, int64_t b) {
 }
 
 Geometry make_geometry(const Extent& extent, Dtype dtype) {
-  Geometry geometry{extent};
-  // A single channel is one run whatever the layout says.
-  if (extent.channels == 1) geometry.extent = {1, 1, extent.numel()};
+  Geometry geometry{one_run_if_one_channel(extent)};
   const Extent& e = geometry.extent;
   const bool planes = e.channels == 1 || e.inner >= (size_of(dtype) == 2 ? kShortRun16Bit : kLongRun) ||
                       (e.inner >= kShortRun && e.inner % kLanes == 0);
@@ -52,9 +50,7 @@ Geometry make_geometry(const Extent& extent, Dtype dtype) {
   return geometry;
 }
 
-struct Traffic {
-  int64_t read_by_reduce, read_by_map, written;  // tensors
-};
+}  // namespace
 
 Traffic traffic(Pass pass) {
   switch (pass) {
@@ -69,8 +65,6 @@ Traffic traffic(Pass pass) {
   }
   return {};
 }
-
-}  // namespace
 
 Plan make_plan(const Problem& problem, const Machine& machine) {
   Plan plan;

@@ -64,6 +64,17 @@ struct Plan {
 
 Plan make_plan(const Problem& problem, const Machine& machine);
 
+// What a pass moves, in tensors.
+struct Traffic {
+  int64_t read_by_reduce, read_by_map, written;
+};
+Traffic traffic(Pass pass);
+
+// A single channel is one run whatever the layout says.
+constexpr Extent one_run_if_one_channel(const Extent& e) {
+  return e.channels == 1 ? Extent{1, 1, e.numel()} : e;
+}
+
 const char* name(Traversal traversal);
 const char* name(Schedule schedule);
 

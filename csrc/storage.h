@@ -114,4 +114,19 @@ BNEXT_HOST_DEVICE U narrow_f16(F value) {
   return (magnitude >= (143u << 23) ? special : finite) | (sign >> 16);
 }
 
+// One value, to and from double.
+BNEXT_HOST_DEVICE double widen(float value) { return value; }
+BNEXT_HOST_DEVICE double widen(double value) { return value; }
+BNEXT_HOST_DEVICE double widen(bf16 value) { return widen_bf16<float>(uint32_t{value.bits}); }
+BNEXT_HOST_DEVICE double widen(f16 value) { return widen_f16<float>(uint32_t{value.bits}); }
+
+BNEXT_HOST_DEVICE void narrow(double value, float& out) { out = static_cast<float>(value); }
+BNEXT_HOST_DEVICE void narrow(double value, double& out) { out = value; }
+BNEXT_HOST_DEVICE void narrow(double value, bf16& out) {
+  out.bits = static_cast<uint16_t>(narrow_bf16<uint32_t>(static_cast<float>(value)));
+}
+BNEXT_HOST_DEVICE void narrow(double value, f16& out) {
+  out.bits = static_cast<uint16_t>(narrow_f16<uint32_t>(static_cast<float>(value)));
+}
+
 }  // namespace bnext

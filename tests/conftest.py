@@ -7,11 +7,9 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-import bnext
+from on_cuda import AVAILABLE
 
-DEVICES = ["cpu"]
-if torch.cuda.is_available() and bnext.build_info()["cuda"]:
-    DEVICES.append("cuda")
+DEVICES = ["cpu", "cuda"] if AVAILABLE else ["cpu"]
 
 
 @pytest.fixture(params=DEVICES)

@@ -1,8 +1,8 @@
 """The house rules that a reader relies on, read off the sources: who may include whom, how files begin and end.
 
     bnext/   modules -> functional -> the operators        (reference stands beside them and knows NumPy only)
-    csrc/    library -> direct_call, autograd, double_backward, ops, checks (tensors)
-                     -> cpu/ (loops) -> plan, dispatch, formulas, args, storage (plain)
+    csrc/    library -> direct_call, autograd, double_backward, ops, checks (tensors) -> engine (devices)
+                     -> cpu/, cuda/ (loops) -> plan, plan_cuda, dispatch, formulas, args, storage (plain)
 
 An arrow points to what may be used; nothing points back, and nothing below the second arrow of csrc/ knows a tensor.
 """
@@ -23,7 +23,16 @@ SOURCES = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*
 GENERATED = {ROOT / "bnext" / "_build_info.py"}
 LONGEST = 300
 
-PLAIN = {"storage.h", "args.h", "formulas.h", "dispatch.h", "plan.h", "plan.cpp"}
+PLAIN = {
+    "storage.h",
+    "args.h",
+    "formulas.h",
+    "dispatch.h",
+    "plan.h",
+    "plan.cpp",
+    "plan_cuda.h",
+    "plan_cuda.cpp",
+}
 TENSOR_LEVEL = {
     "checks.h",
     "ops.h",
@@ -33,8 +42,14 @@ TENSOR_LEVEL = {
     "direct_call.cpp",
     "double_backward.h",
     "double_backward.cpp",
+    "engine.h",
+    "engine.cpp",
+    "engine_cuda.h",
+    "engine_cuda.cpp",
     "output_memory.h",
     "output_memory.cpp",
+    "plan_bindings.h",
+    "plan_bindings.cpp",
 }
 TORCH = re.compile(r"^(ATen|c10|torch|pybind11)/")
 
@@ -58,6 +73,10 @@ def cxx(*names: str) -> list[Path]:
 
 def in_cpu() -> list[Path]:
     return [path for path in SOURCES if path.parent == CSRC / "cpu"]
+
+
+def in_cuda() -> list[Path]:
+    return [path for path in SOURCES if path.parent == CSRC / "cuda"]
 
 
 def imports(path: Path) -> set[str]:
@@ -110,14 +129,29 @@ def test_kernels_see_no_tensor(path: Path) -> None:
     assert set(re.findall(r"\bat::(\w+)", code(path))) <= {"parallel_for", "get_num_threads"}
 
 
+@pytest.mark.parametrize("path", in_cuda(), ids=name_of)
+def test_cuda_kernels_see_no_torch_and_name_the_machine_in_one_place(path: Path) -> None:
+    """nvcc parses no header of torch; what only a GPU has goes by primitives.cuh, whose names the host has too."""
+    own = (
+        {"cuda_bf16.h", "cuda_fp16.h", "cuda_runtime.h", "model.h"}
+        if path.name == "primitives.cuh"
+        else set()
+    )
+    for header in includes(path):
+        standard = re.fullmatch(r"[a-z_]+", header)
+        assert standard or header in PLAIN | own or header.startswith("cuda/"), f"includes {header}"
+    assert not re.search(r"\bTensor\b|\b(at|c10|torch)::", code(path))
+    if path.name != "primitives.cuh":
+        assert not re.search(r"\b(threadIdx|blockIdx|blockDim|gridDim|__\w+)\b(?<!__CUDACC__)", code(path))
+
+
 @pytest.mark.parametrize("path", cxx(*TENSOR_LEVEL), ids=name_of)
 def test_the_tensor_level_computes_nothing(path: Path) -> None:
     """It checks, plans, allocates and launches: of an engine it knows the launcher and how memory is made."""
     for header in includes(path):
         assert header != "formulas.h"
-        assert not header.startswith("cpu/") or header in {"cpu/launch.h", "cpu/memory.h"}, (
-            f"includes {header}"
-        )
+        engine = header.startswith(("cpu/", "cuda/"))
+        assert not engine or header in {"cpu/launch.h", "cpu/memory.h", "cuda/launch.h"}, f"includes {header}"
 
 
 def test_operators_are_registered_in_one_file() -> None:

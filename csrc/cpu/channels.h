@@ -18,20 +18,6 @@ void for_each_fold(int64_t begin, int64_t end, F f) {
   for (int64_t c = begin; c < end; c += kFoldChannels) f(c, std::min(kFoldChannels, end - c));
 }
 
-inline double widen(float value) { return value; }
-inline double widen(double value) { return value; }
-inline double widen(bf16 value) { return widen_bf16<float>(uint32_t{value.bits}); }
-inline double widen(f16 value) { return widen_f16<float>(uint32_t{value.bits}); }
-
-inline void narrow(double value, float& out) { out = static_cast<float>(value); }
-inline void narrow(double value, double& out) { out = value; }
-inline void narrow(double value, bf16& out) {
-  out.bits = static_cast<uint16_t>(narrow_bf16<uint32_t>(static_cast<float>(value)));
-}
-inline void narrow(double value, f16& out) {
-  out.bits = static_cast<uint16_t>(narrow_f16<uint32_t>(static_cast<float>(value)));
-}
-
 // out[k] = data[first + k * stride]
 inline void read_channels(const void* data, Dtype dtype, int64_t first, int64_t stride, int64_t count,
                           double* out) {

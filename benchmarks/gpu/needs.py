@@ -1,0 +1,61 @@
+"""What a machine must have for `make gpu`, asked before anything is built or imported that could be missing."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from pathlib import Path
+
+OLDEST_TORCH = (2, 11)
+
+
+def cuda_tool(name: str) -> str | None:
+    """The path of one of the toolkit's programs: under CUDA_HOME, on PATH, or beside nvcc."""
+    home = os.environ.get("CUDA_HOME")
+    found = shutil.which(name, path=str(Path(home) / "bin")) if home else None
+    found = found or shutil.which(name)
+    if found is None and name != "nvcc" and (nvcc := cuda_tool("nvcc")) is not None:
+        found = shutil.which(name, path=str(Path(nvcc).resolve().parent))
+    return found
+
+
+def _torch_is_missing() -> str | None:
+    try:
+        import torch
+    except ImportError:
+        return "it has no torch"
+    version = tuple(map(int, re.findall(r"\d+", torch.__version__)[:2]))
+    if version < OLDEST_TORCH:
+        return f"its torch is {torch.__version__}"
+    if torch.version.cuda is None:
+        return f"its torch {torch.__version__} is a build without CUDA"
+    if not torch.cuda.is_available():
+        return "torch sees no GPU"
+    return None
+
+
+def missing() -> str | None:
+    """One sentence, or None where everything is there."""
+    what = _torch_is_missing() or (
+        None if cuda_tool("nvcc") else "nvcc is neither under CUDA_HOME nor on PATH"
+    )
+    if what is None:
+        return None
+    return (
+        "make gpu needs an NVIDIA GPU, nvcc, and a CUDA build of torch "
+        f"{'.'.join(map(str, OLDEST_TORCH))} or newer in PYTHON, but {what}."
+    )
+
+
+def capability() -> str:
+    """Of the first GPU, as TORCH_CUDA_ARCH_LIST has it."""
+    import torch
+
+    major, minor = torch.cuda.get_device_capability(0)
+    return f"{major}.{minor}"
+
+
+def file_name(device_name: str) -> str:
+    """Of the results on a device, without suffix: NVIDIA H200 gives gpu_nvidia_h200."""
+    return "gpu_" + re.sub(r"[^a-z0-9]+", "_", device_name.lower()).strip("_")

@@ -1,0 +1,47 @@
+// What a plan needs to know of a GPU, read from it once.
+#include <mutex>
+#include <vector>
+
+#include "cuda/launch.h"
+#include "cuda/launching.cuh"
+
+namespace bnext::cuda {
+namespace {
+
+int64_t attribute(cudaDeviceAttr which, int index) {
+  int value = 0;
+  require("bnext: a GPU's properties", cudaDeviceGetAttribute(&value, which, index));
+  return value;
+}
+
+Device read_device(int index) {
+  Device device;
+  device.multiprocessors = static_cast<int>(attribute(cudaDevAttrMultiProcessorCount, index));
+  device.block_threads = static_cast<int>(attribute(cudaDevAttrMaxThreadsPerBlock, index));
+  device.shared_memory = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, index);
+  device.l2 = attribute(cudaDevAttrL2CacheSize, index);
+  // Two transfers per clock, in kHz, over a bus of so many bits.
+  device.bandwidth = 2e3 * static_cast<double>(attribute(cudaDevAttrMemoryClockRate, index)) *
+                     static_cast<double>(attribute(cudaDevAttrGlobalMemoryBusWidth, index)) / 8;
+  return device;
+}
+
+}  // namespace
+
+const Device& device(int index) {
+  static std::mutex mutex;
+  static std::vector<Device*> known;  // never freed: references are handed out
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (index >= static_cast<int>(known.size())) known.resize(static_cast<size_t>(index) + 1);
+  Device*& found = known[static_cast<size_t>(index)];
+  if (found == nullptr) found = new Device(read_device(index));
+  return *found;
+}
+
+bool is_capturing(void* stream) {
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  require("bnext: a stream's state", cudaStreamIsCapturing(static_cast<cudaStream_t>(stream), &status));
+  return status != cudaStreamCaptureStatusNone;
+}
+
+}  // namespace bnext::cuda

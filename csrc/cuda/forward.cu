@@ -1,0 +1,191 @@
+// Forward on a GPU: moments and normalize, their folds, and the launches.
+#include "cuda/launch.h"
+#include "cuda/launching.cuh"
+#include "cuda/map.cuh"
+#include "cuda/reduce.cuh"
+#include "dispatch.h"
+
+namespace bnext::cuda {
+namespace {
+
+constexpr char kName[] = "bnext::batch_norm";
+
+struct ForwardParams {
+  ForwardArgs args;
+  Reduction reduction;
+  Mapping mapping;
+  Reuse output_reuse;
+};
+
+// Of (x - center) in arithmetic precision: per batch its sum, and its squares around the batch's own mean
+// (Chan, Golub, LeVeque, "Updating formulae", 1979), so that a center far from the mean costs no digits;
+// batches in double.
+template <class T>
+struct MomentsReducer {
+  using Storage = T;
+  using Math = opmath_t<T>;
+  // Eight float16 vectors, each taken apart two elements at a time, do not fit 128 registers.
+  static constexpr int kInputs = 1, kVectors = std::is_same_v<T, f16> ? 4 : 8;
+
+  const ForwardParams& p;
+
+  BNEXT_DEVICE Input<T> input(int) const { return {static_cast<const T*>(p.args.x), p.args.extent.numel()}; }
+
+  // The median of three elements of the channel, 0 if it is not finite: a constant channel sums to exactly
+  // zero, and one outlier does not become the center. An element, so that it is exact in every precision.
+  BNEXT_DEVICE Math center(int64_t c) const {
+    const Extent& e = p.args.extent;
+    const T* const x = static_cast<const T*>(p.args.x) + c * e.inner;
+    const double first = widen(x[0]);
+    const double middle = widen(x[e.outer / 2 * e.channels * e.inner + e.inner / 2]);
+    const double last = widen(x[(e.outer - 1) * e.channels * e.inner + e.inner - 1]);
+    const double median = median_of(first, middle, last);
+    return std::isfinite(median) ? static_cast<Math>(median) : Math{0};
+  }
+
+  struct Centers {
+    Vector16 elements{};
+
+    BNEXT_DEVICE void set(int lane, Math center) { set_element<T>(elements, lane, center); }
+    BNEXT_DEVICE Math at(int lane) const { return element<T>(elements, lane); }
+    BNEXT_DEVICE Vector16 fill() const { return elements; }
+  };
+
+  template <int kCount>
+  BNEXT_DEVICE void add(Sums& sums, const Math (&values)[kInputs][kCount], Math center) const {
+    Math d[kCount];
+    BNEXT_UNROLL
+    for (int k = 0; k < kCount; ++k) d[k] = values[0][k] - center;
+    const Math first = sum_of<kCount>(d), mean = first * (Math{1} / kCount);
+    BNEXT_UNROLL
+    for (int k = 0; k < kCount; ++k) d[k] = (d[k] - mean) * (d[k] - mean);
+    const Math second = sum_of<kCount>(d);
+    const double sum = first;
+    sums += {sum, second + sum * (sum * (1.0 / kCount))};
+  }
+
+  BNEXT_DEVICE double factor() const {
+    if (!p.args.cumulative) return p.args.momentum;
+    return p.args.num_batches_tracked == nullptr
+               ? 0.0
+               : 1.0 / static_cast<double>(*p.args.num_batches_tracked + 1);  // the map adds the one
+  }
+
+  BNEXT_DEVICE void fold(int64_t c, const Sums& sums) const {
+    const ForwardArgs& a = p.args;
+    const auto count = static_cast<double>(a.extent.count());
+    const Moments m = moments_from_sums(static_cast<double>(center(c)), sums, 1 / count);
+    store(a.mean + c, m.mean);
+    store(a.invstd + c, inverse_std(m.var, a.eps));
+    const double weight = factor();
+    if (!a.running_mean || weight == 0) return;
+    const double var = a.unbiased_running_var ? unbiased_var(m.var, count) : m.var;
+    write_channel(a.running_mean, c, running_update(read_channel(a.running_mean, c, 0), m.mean, weight));
+    write_channel(a.running_var, c, running_update(read_channel(a.running_var, c, 0), var, weight));
+  }
+};
+
+template <class T>
+struct NormalizeMap {
+  using Storage = T;
+  using Math = opmath_t<T>;
+  static constexpr int kInputs = 1, kCoefficients = 3;
+
+  const ForwardParams& p;
+
+  BNEXT_DEVICE Input<T> input(int) const { return {static_cast<const T*>(p.args.x), p.args.extent.numel()}; }
+  BNEXT_DEVICE Output<T> output() const {
+    return {static_cast<T*>(p.args.y), p.args.extent.numel(), p.output_reuse};
+  }
+
+  BNEXT_DEVICE void coefficients(int64_t c, bool owner, Math (&values)[kCoefficients]) const {
+    const ForwardArgs& a = p.args;
+    double mean = 0, invstd = 0;
+    if (a.batch_statistics) {
+      mean = a.mean[c];
+      invstd = a.invstd[c];
+    } else {
+      mean = read_channel(a.running_mean, c, 0);
+      invstd = inverse_std(read_channel(a.running_var, c, 1), a.eps);
+      if (owner) {
+        store(a.mean + c, mean);
+        store(a.invstd + c, invstd);
+      }
+    }
+    const auto found =
+        normalize_coefficients<Math>(mean, invstd, read_channel(a.weight, c, 1), read_channel(a.bias, c, 0));
+    values[0] = found.center;
+    values[1] = found.scale;
+    values[2] = found.offset;
+  }
+
+  template <class Coefficient>
+  BNEXT_DEVICE Math value(const Math (&values)[kInputs], Coefficient c) const {
+    return normalize<Math>(values[0], c(0), c(1), c(2));
+  }
+};
+
+BNEXT_DEVICE void count_batch(const ForwardArgs& args) {
+  if (args.num_batches_tracked != nullptr && block_index() == 0 && thread_index() == 0) {
+    store(args.num_batches_tracked, *args.num_batches_tracked + 1);
+  }
+}
+
+template <class T>
+BNEXT_KERNEL(512, 1)
+moments_rows_kernel(const BNEXT_PARAMETER ForwardParams p) {
+  MomentsReducer<T> reducer{p};
+  reduce_rows(p.reduction, reducer);
+}
+
+template <class T>
+BNEXT_KERNEL(256, 3)
+moments_planes_kernel(const BNEXT_PARAMETER ForwardParams p) {
+  MomentsReducer<T> reducer{p};
+  reduce_planes(p.reduction, reducer);
+}
+
+template <class T>
+BNEXT_KERNEL(256, 3)
+normalize_rows_kernel(const BNEXT_PARAMETER ForwardParams p) {
+  count_batch(p.args);
+  NormalizeMap<T> map{p};
+  map_rows(p.mapping, map);
+}
+
+template <class T>
+BNEXT_KERNEL(256, 3)
+normalize_planes_kernel(const BNEXT_PARAMETER ForwardParams p) {
+  count_batch(p.args);
+  NormalizeMap<T> map{p};
+  map_planes(p.mapping, map);
+}
+
+}  // namespace
+
+bool aligned(const ForwardArgs& args) { return on_boundary(args.x) && on_boundary(args.y); }
+
+void forward(const ForwardArgs& args, const Plan& plan, const Workspace& workspace) {
+  ForwardParams p{args, {}, {}, plan.streaming_stores ? Reuse::no : Reuse::yes};
+  p.args.extent = plan.extent;
+  if (args.extent.numel() == 0) {
+    fill_zero(kName, args.mean, args.extent.channels * int64_t{sizeof(double)}, workspace.stream);
+    fill_zero(kName, args.invstd, args.extent.channels * int64_t{sizeof(double)}, workspace.stream);
+    p.args.batch_statistics = true;  // there are no others to write
+  }
+  const bool whole = aligned(args);
+  const int lanes = static_cast<int>(16 / size_of(args.dtype));
+  p.reduction = reduction_of(plan, lanes, whole, workspace);
+  p.mapping = {plan.extent, plan.map, whole && whole_vectors(plan.map, lanes)};
+  const bool rows = plan.map.traversal == Traversal::rows;
+  dispatch(args.dtype, [&]<class T>() {
+    if (plan.reduces) {
+      launch(kName, rows ? moments_rows_kernel<T> : moments_planes_kernel<T>, plan.reduce,
+             reduce_memory(plan.reduce, lanes), workspace.stream, p);
+    }
+    launch(kName, rows ? normalize_rows_kernel<T> : normalize_planes_kernel<T>, plan.map,
+           map_memory(plan.map, lanes, NormalizeMap<T>::kCoefficients), workspace.stream, p);
+  });
+}
+
+}  // namespace bnext::cuda

@@ -1,0 +1,32 @@
+// What the CUDA engines offer to the tensor level. Nothing here waits for the device.
+#pragma once
+
+#include "args.h"
+#include "plan_cuda.h"
+
+namespace bnext::cuda {
+
+// What a call needs besides its tensors, all on the device of the call.
+struct Workspace {
+  void* stream = nullptr;        // cudaStream_t
+  void* scratch = nullptr;       // plan.scratch_bytes, aligned for double; any content
+  unsigned* counters = nullptr;  // plan.reduce.groups, zero; zero again when the call's kernels have run
+};
+
+// Errors are std::runtime_error and name the operator.
+void forward(const ForwardArgs& args, const Plan& plan, const Workspace& workspace);
+
+// Null dx: no input gradient. Null dweight and dbias: no sums for them.
+void backward(const BackwardArgs& args, const Plan& plan, const Workspace& workspace);
+
+// Whether the tensors of a call begin at multiples of 16 bytes, which its plan needs to know.
+bool aligned(const ForwardArgs& args);
+bool aligned(const BackwardArgs& args);
+
+// Of the GPU with this index; read once.
+const Device& device(int index);
+
+// Whether what is launched on the stream goes into a graph.
+bool is_capturing(void* stream);
+
+}  // namespace bnext::cuda

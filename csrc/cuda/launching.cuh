@@ -1,0 +1,76 @@
+// From a plan to a launch, checked.
+#pragma once
+
+#include "cuda/launch.h"
+#include "cuda/reduce.cuh"
+#include "plan_cuda.h"
+
+namespace bnext::cuda {
+
+#if defined(__CUDACC__)
+
+inline void require(const char* name, cudaError_t error) {
+  if (error != cudaSuccess) {
+    throw std::runtime_error(std::string(name) + ": launch failed: " + cudaGetErrorString(error));
+  }
+}
+
+template <class Params>
+void launch(const char* name, void (*kernel)(Params), const Tiling& tiling, int64_t shared, void* stream,
+            Params params) {
+  void* arguments[] = {&params};
+  require(name, cudaLaunchKernel(reinterpret_cast<const void*>(kernel),
+                                 dim3(static_cast<unsigned>(tiling.blocks())),
+                                 dim3(static_cast<unsigned>(tiling.threads)), arguments,
+                                 static_cast<size_t>(shared), static_cast<cudaStream_t>(stream)));
+}
+
+inline void fill_zero(const char* name, void* data, int64_t bytes, void* stream) {
+  if (bytes == 0) return;
+  require(name, cudaMemsetAsync(data, 0, static_cast<size_t>(bytes), static_cast<cudaStream_t>(stream)));
+}
+
+#else
+
+template <class Params>
+void launch(const char*, void (*kernel)(Params), const Tiling& tiling, int64_t shared, void*, Params params) {
+  model::launch(static_cast<unsigned>(tiling.blocks()), static_cast<unsigned>(tiling.threads),
+                static_cast<size_t>(shared), [&] { kernel(params); });
+}
+
+inline void fill_zero(const char*, void* data, int64_t bytes, void*) {
+  std::fill_n(static_cast<unsigned char*>(data), bytes, static_cast<unsigned char>(0));
+}
+
+#endif
+
+inline bool on_boundary(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
+
+// Whether vectors of this tiling all lie on boundaries in a tensor that begins on one.
+inline bool whole_vectors(const Tiling& t, int lanes) {
+  const bool groups_do = t.traversal == Traversal::planes || t.groups == 1 || t.group_width % lanes == 0;
+  return groups_do && t.row_length % lanes == 0 &&
+         (t.traversal == Traversal::rows || t.group_width % lanes == 0);
+}
+
+inline Reduction reduction_of(const Plan& plan, int lanes, bool aligned, const Workspace& workspace) {
+  Sums* const scratch = static_cast<Sums*>(workspace.scratch);  // totals, then partial sums
+  return {plan.extent, plan.reduce, aligned && whole_vectors(plan.reduce, lanes),
+          scratch + plan.extent.channels, workspace.counters};
+}
+
+// Bytes of block memory: sums of every lane of every thread, or before them a center per channel of the
+// group.
+inline int64_t reduce_memory(const Tiling& t, int lanes) {
+  const int64_t sums = t.traversal == Traversal::planes ? t.threads : int64_t{t.height} * t.vectors * lanes;
+  const int64_t values = sums > t.group_channels ? sums : t.group_channels;
+  return int64_t{sizeof(double)} * (values > t.threads ? values : t.threads);
+}
+
+// A coefficient per column of the group, or per channel.
+inline int64_t map_memory(const Tiling& t, int lanes, int64_t coefficients) {
+  return int64_t{sizeof(double)} * coefficients *
+         (t.traversal == Traversal::planes ? 1 : int64_t{t.vectors} * lanes);
+}
+
+}  // namespace bnext::cuda

@@ -1,0 +1,250 @@
+// First kernel of a direction: sums over channels, for any reducer. Block sums go to `partial`, the last
+// block of a group adds them in order and folds. Elements that are not there count as the center, which adds
+// nothing.
+//
+// A Reducer holds kInputs tensors of Storage and has
+//   Math center(channel)         the value that deviations are taken from
+//   Centers                      those of a vector: set(lane, center), at(lane), and fill(), a vector that
+//   adds
+//                                nothing
+//   add(sums, values, center)    a batch of elements of one channel
+//   fold(channel, sums)          what follows once per channel
+#pragma once
+
+#include "cuda/sums.cuh"
+#include "cuda/tensors.cuh"
+#include "formulas.h"
+#include "plan_cuda.h"
+
+namespace bnext::cuda {
+
+struct Reduction {
+  Extent extent;
+  Tiling tiling;
+  bool aligned;        // every vector that is walked lies on a boundary of sixteen bytes
+  Sums* partial;       // [chunk][channel]
+  unsigned* counters;  // [group], zero
+};
+
+// The partial sums of one group into totals(channel of the group, sums), each called by one thread.
+template <class F>
+BNEXT_DEVICE void total(const Reduction& r, int64_t first_channel, int channels, double* memory, F totals) {
+  const int threads = static_cast<int>(thread_count()), t = static_cast<int>(thread_index());
+  const int chunks = static_cast<int>(r.tiling.chunks);
+  for (int begin = 0; begin < channels; begin += threads) {
+    const int count = channels - begin < threads ? channels - begin : threads;
+    const int slices = threads / count;
+    const int channel = t % count, slice = t / count;
+    Sums sums;
+    if (slice < slices) {
+      const Sums* from = r.partial + first_channel + begin + channel;
+      BNEXT_UNROLL_4
+      for (int chunk = slice; chunk < chunks; chunk += slices) {
+        const Sums& part = from[chunk * r.extent.channels];
+        sums += {load_fresh(&part.first), load_fresh(&part.second)};
+      }
+    }
+    sync_block();
+    if (slice < slices) memory[t] = sums.first;
+    sum_rows(memory, count, slices);
+    if (slice == 0) sums.first = memory[t];
+    sync_block();
+    if (slice < slices) memory[t] = sums.second;
+    sum_rows(memory, count, slices);
+    if (slice == 0) totals(begin + channel, {sums.first, memory[t]});
+  }
+}
+
+template <int kCount>
+struct Vectors {};
+
+// A batch of vectors, one beneath the other: lane by lane into sums[lane].
+template <class Reducer, int kVectors>
+BNEXT_DEVICE void add_columns(const Reducer& reducer, const Vector16 (&raw)[Reducer::kInputs][kVectors],
+                              const typename Reducer::Centers& centers, Sums* sums) {
+  using T = typename Reducer::Storage;
+  BNEXT_UNROLL
+  for (int lane = 0; lane < kLanes<T>; ++lane) {
+    typename Reducer::Math values[Reducer::kInputs][kVectors];
+    BNEXT_UNROLL
+    for (int i = 0; i < Reducer::kInputs; ++i) {
+      BNEXT_UNROLL
+      for (int u = 0; u < kVectors; ++u) values[i][u] = element<T>(raw[i][u], lane);
+    }
+    reducer.add(sums[lane], values, centers.at(lane));
+  }
+}
+
+// The same of one channel: all lanes into one.
+template <class Reducer, int kVectors>
+BNEXT_DEVICE void add_run(const Reducer& reducer, const Vector16 (&raw)[Reducer::kInputs][kVectors],
+                          typename Reducer::Math center, Sums& sums) {
+  using T = typename Reducer::Storage;
+  constexpr int kTogether = 8 / kLanes<T>;  // vectors of a batch of eight
+  BNEXT_UNROLL
+  for (int first = 0; first < kVectors; first += kTogether) {
+    typename Reducer::Math values[Reducer::kInputs][8];
+    BNEXT_UNROLL
+    for (int i = 0; i < Reducer::kInputs; ++i) {
+      BNEXT_UNROLL
+      for (int k = 0; k < 8; ++k) values[i][k] = element<T>(raw[i][first + k / kLanes<T>], k % kLanes<T>);
+    }
+    reducer.add(sums, values, center);
+  }
+}
+
+template <class Reducer>
+BNEXT_DEVICE void reduce_rows(const Reduction& r, Reducer& reducer) {
+  using T = typename Reducer::Storage;
+  using Math = typename Reducer::Math;
+  constexpr int kCount = kLanes<T>, kVectors = Reducer::kVectors, kFew = 2;
+  const Tiling& t = r.tiling;
+  const int64_t group = block_index() % t.groups, chunk = block_index() / t.groups;
+  const int64_t inner = r.extent.inner, first_channel = group * t.group_channels;
+  const int channels = static_cast<int>(min_of(t.group_channels, r.extent.channels - first_channel));
+  const int width = static_cast<int>(min_of(t.group_width, t.row_length - group * t.group_width));
+  const int index = static_cast<int>(thread_index()), threads = static_cast<int>(thread_count());
+  const int column = index % t.vectors, height = t.height, row = index / t.vectors;
+  const bool active = row < height;
+  const int lanes = !active ? 0 : static_cast<int>(min_of<int64_t>(kCount, width - column * kCount));
+
+  double* const memory = reinterpret_cast<double*>(block_memory());
+  {
+    Math* const centers = reinterpret_cast<Math*>(memory);  // [channel of the group]
+    for (int k = index; k < channels; k += threads) centers[k] = reducer.center(first_channel + k);
+    sync_block();
+  }
+  typename Reducer::Centers centers;
+  BNEXT_UNROLL
+  for (int lane = 0; lane < kCount; ++lane) {
+    const int k = lane < lanes ? (column * kCount + lane) / static_cast<int>(inner) % channels : -1;
+    centers.set(lane, k < 0 ? Math{0} : reinterpret_cast<const Math*>(memory)[k]);
+  }
+  sync_block();
+
+  Sums sums[kCount];
+  const int64_t begin = chunk * t.chunk, end = min_of(begin + t.chunk, t.rows),
+                stride = height * t.row_length;
+  const int64_t base = group * t.group_width + column * kCount;
+  auto batch = [&]<int kCountOf>(Vectors<kCountOf>, auto load) {
+    Vector16 raw[Reducer::kInputs][kCountOf];
+    BNEXT_UNROLL
+    for (int i = 0; i < Reducer::kInputs; ++i) {
+      BNEXT_UNROLL
+      for (int u = 0; u < kCountOf; ++u) raw[i][u] = load(i, u);
+    }
+    add_columns<Reducer, kCountOf>(reducer, raw, centers, sums);
+  };
+  int64_t at = begin + row;
+  if (r.aligned && lanes == kCount) {
+    for (; at + (kVectors - 1) * height < end; at += kVectors * height) {
+      const int64_t e = at * t.row_length + base;
+      batch(Vectors<kVectors>{},
+            [&](int i, int u) { return reducer.input(i).template load<Reuse::yes>(e + u * stride); });
+    }
+  }
+  if (lanes > 0) {
+    // The last row of the matrix may be short.
+    const int64_t stop = chunk == t.chunks - 1 ? t.rows + 1 : end;
+    for (; at < stop; at += kFew * height) {
+      const int64_t e = at * t.row_length + base;
+      batch(Vectors<kFew>{}, [&](int i, int u) {
+        const int high = at + u * height < stop ? lanes : 0;
+        return reducer.input(i).template load_any<Reuse::yes>(e + u * stride, 0, high, centers.fill());
+      });
+    }
+  }
+
+  // Columns of a group lie lane by lane, [lane][vector].
+  const int columns = kCount * t.vectors;
+  const int repeats = width / static_cast<int>(channels * inner);
+  auto of_channel = [&](int k) {
+    double a = 0, b = 0, c = 0, d = 0;  // in turn, so that additions do not wait for each other
+    for (int repeat = 0; repeat < repeats; ++repeat) {
+      for (int s = 0; s < inner; ++s) {
+        const int at = (repeat * channels + k) * static_cast<int>(inner) + s;
+        const double next = a + memory[at % kCount * t.vectors + at / kCount];
+        a = b;
+        b = c;
+        c = d;
+        d = next;
+      }
+    }
+    return (a + b) + (c + d);
+  };
+  Sums* const partial = r.partial + chunk * r.extent.channels + first_channel;
+  for (int which = 0; which < 2; ++which) {
+    if (active) {
+      BNEXT_UNROLL
+      for (int lane = 0; lane < kCount; ++lane) {
+        memory[row * columns + lane * t.vectors + column] = which == 0 ? sums[lane].first : sums[lane].second;
+      }
+    }
+    sum_rows(memory, columns, height);
+    for (int k = index; k < channels; k += threads) {
+      (which == 0 ? partial[k].first : partial[k].second) = of_channel(k);
+    }
+    sync_block();
+  }
+  if (!last_to_arrive(r.counters + group, static_cast<unsigned>(t.chunks))) return;
+  total(r, first_channel, channels, memory,
+        [&](int k, const Sums& all) { reducer.fold(first_channel + k, all); });
+}
+
+template <class Reducer>
+BNEXT_DEVICE void reduce_planes(const Reduction& r, Reducer& reducer) {
+  using T = typename Reducer::Storage;
+  using Math = typename Reducer::Math;
+  constexpr int kCount = kLanes<T>, kVectors = Reducer::kVectors, kFew = 8 / kCount > 2 ? 8 / kCount : 2;
+  const Tiling& t = r.tiling;
+  const int64_t channel = block_index() % t.groups, chunk = block_index() / t.groups;
+  const int64_t inner = r.extent.inner, threads = thread_count();
+  const int64_t begin = chunk * t.chunk, end = min_of(begin + t.chunk, t.rows * t.vectors);
+
+  const Math center = reducer.center(channel);
+  typename Reducer::Centers centers;
+  BNEXT_UNROLL
+  for (int lane = 0; lane < kCount; ++lane) centers.set(lane, center);
+  Sums sums;
+  Walk walk(begin + thread_index(), threads, t.vectors);
+  int64_t at = begin + thread_index();
+  auto batch = [&]<int kCountOf>(Vectors<kCountOf>, auto load) {
+    Vector16 raw[Reducer::kInputs][kCountOf];
+    BNEXT_UNROLL
+    for (int u = 0; u < kCountOf; ++u) {
+      const int64_t run = (walk.row * r.extent.channels + channel) * inner;
+      BNEXT_UNROLL
+      for (int i = 0; i < Reducer::kInputs; ++i) raw[i][u] = load(i, u, run);
+      walk.forward();
+    }
+    add_run<Reducer, kCountOf>(reducer, raw, center, sums);
+    at += kCountOf * threads;
+  };
+  if (r.aligned) {
+    while (at + (kVectors - 1) * threads < end) {
+      batch(Vectors<kVectors>{}, [&](int i, int, int64_t run) {
+        return reducer.input(i).template load<Reuse::yes>(run + int64_t{walk.vector} * kCount);
+      });
+    }
+  }
+  const int phase = phase_of(reducer.input(0).data);  // the others are read as that one lies
+  while (at < end) {
+    batch(Vectors<kFew>{}, [&](int i, int u, int64_t run) {
+      const Span span = span_of<kCount>(run, inner, walk.vector, phase);
+      const int high = at + u * threads < end ? span.high : 0;
+      return reducer.input(i).template load_any<Reuse::yes>(span.at, span.low, high, centers.fill());
+    });
+  }
+
+  double* const memory = reinterpret_cast<double*>(block_memory());
+  const Sums all = sum_block(sums, memory);
+  if (t.chunks == 1) {
+    if (thread_index() == 0) reducer.fold(channel, all);
+    return;
+  }
+  if (thread_index() == 0) r.partial[chunk * r.extent.channels + channel] = all;
+  if (!last_to_arrive(r.counters + channel, static_cast<unsigned>(t.chunks))) return;
+  total(r, channel, 1, memory, [&](int, const Sums& sum) { reducer.fold(channel, sum); });
+}
+
+}  // namespace bnext::cuda

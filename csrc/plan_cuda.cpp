@@ -1,0 +1,165 @@
+// The heuristics of plan_cuda.h, each constant with its unit and reason.
+#include "plan_cuda.h"
+
+#include <algorithm>
+#include <cmath>
+#include <numeric>
+
+namespace bnext::cuda {
+namespace {
+
+constexpr int kVectorBytes = 16;
+constexpr int kWarp = 32;
+constexpr int kRowThreads = 512;    // of a rows reduce: with them 64 KB are in flight per multiprocessor
+constexpr int kPlaneThreads = 256;  // of a planes reduce: channels are short, and several blocks overlap
+constexpr int kMapThreads = 256;
+constexpr int kBatch = 8;               // vectors a thread should get at least, for loads to overlap
+constexpr int64_t kRunBytes = 512;      // from here on a plane's run fills a warp
+constexpr int64_t kFoldElements = 128;  // rows shorter than this are joined until they end with a vector
+constexpr int64_t kSegmentBytes = 128;  // of a row at least: a line, below which DRAM gives half its rate
+constexpr int kWidest = 256;            // vectors of a row in a group: centers and sums fit shared memory
+constexpr int kMapWidth = 64;           // vectors of a row in a map's group
+constexpr int kShortRunVectors = 64;    // the same where channels are short runs
+constexpr int kPlaneBlocks = 3;         // blocks per multiprocessor of a planes reduce: as many as it holds
+constexpr int kMapBlocks = 8;           // the same of maps, which only stream
+// The last block of a group adds chunks * channels partial sums alone. With multiprocessors / groups chunks
+// that is proportional to channels_of_group^2 / channels; this share of it takes about a microsecond.
+constexpr double kFoldShare = 64;
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+int whole_warps(int64_t threads) { return static_cast<int>(round_up(threads, kWarp)); }
+
+// Chunks of at least `least` positions, at most `wanted` of them.
+void cut(Tiling& tiling, int64_t wanted, int64_t least) {
+  const int64_t positions = std::max<int64_t>(1, tiling.positions());
+  const int64_t chunks = std::clamp<int64_t>(wanted, 1, ceil_div(positions, std::max<int64_t>(1, least)));
+  tiling.chunk = ceil_div(positions, chunks);
+  tiling.chunks = ceil_div(positions, tiling.chunk);
+}
+
+Tiling planes(const Extent& e, int lanes, const Device& device, bool aligned, int blocks_per_multiprocessor,
+              int most_threads) {
+  Tiling t;
+  t.traversal = Traversal::planes;
+  t.rows = e.outer;
+  t.row_length = e.channels * e.inner;
+  t.group_width = e.inner;
+  t.group_channels = 1;
+  t.groups = e.channels;
+  const int64_t vectors =
+      aligned && e.inner % lanes == 0 ? e.inner / lanes : (e.inner + lanes - 2) / lanes + 1;
+  t.vectors = static_cast<int>(std::min<int64_t>(vectors, INT32_MAX));
+  const int most = std::min(most_threads, device.block_threads);
+  t.threads = static_cast<int>(std::clamp<int64_t>(whole_warps(t.positions() / 2), kWarp, most));
+  cut(t, int64_t{blocks_per_multiprocessor} * device.multiprocessors / e.channels,
+      int64_t{t.threads} * kBatch);
+  return t;
+}
+
+// Channels a group of a rows reduce should have.
+int64_t group_channels(const Extent& e, int lanes, int threads) {
+  const int64_t unit = lanes / std::gcd(e.inner, int64_t{lanes});  // channels per whole number of vectors
+  int64_t channels = 0;
+  if (e.inner == 1) {
+    const int64_t segment = kSegmentBytes / kVectorBytes * lanes;
+    channels =
+        std::max(segment, static_cast<int64_t>(std::sqrt(kFoldShare * static_cast<double>(e.channels))));
+    // Few rows: the threads of a block side by side rather than idle.
+    channels = std::max(channels, threads / std::max<int64_t>(1, e.outer / kBatch) * lanes);
+  } else {
+    channels = kShortRunVectors * lanes / e.inner;
+  }
+  channels = std::min({channels, int64_t{kWidest} * lanes / e.inner, e.channels});
+  return std::max(unit, channels / unit * unit);
+}
+
+Tiling rows_reduce(const Extent& e, int lanes, const Device& device) {
+  Tiling t;
+  t.traversal = Traversal::rows;
+  const int most = std::min(kRowThreads, device.block_threads);
+  const int64_t row = e.channels * e.inner;
+  int64_t fold = row <= kFoldElements ? lanes / std::gcd(row, int64_t{lanes}) : 1;
+  if (e.outer < 2 * fold || fold * row > int64_t{most} * lanes) fold = 1;
+  t.rows = e.outer / fold;
+  t.row_length = fold * row;
+  t.group_channels = fold > 1 ? e.channels : group_channels(e, lanes, most);
+  // A narrow block of few threads takes fewer vectors, whole channels all the same.
+  while (t.group_channels > 1 && fold == 1 && ceil_div(t.group_channels * e.inner, lanes) > most) {
+    t.group_channels = ceil_div(t.group_channels, 2);
+  }
+  t.group_channels = std::min(t.group_channels, e.channels);
+  t.group_width = fold > 1 ? t.row_length : t.group_channels * e.inner;
+  t.groups = ceil_div(e.channels, t.group_channels);
+  t.vectors = static_cast<int>(ceil_div(t.group_width, lanes));
+  t.height = static_cast<int>(std::clamp<int64_t>(most / t.vectors, 1, std::max<int64_t>(1, t.rows)));
+  t.threads = std::min(whole_warps(int64_t{t.vectors} * t.height), whole_warps(most));
+  const int64_t per_multiprocessor = std::max(1, kRowThreads / t.threads);
+  cut(t, per_multiprocessor * device.multiprocessors / t.groups, int64_t{t.height} * kBatch);
+  return t;
+}
+
+// Columns of a map are vectors of a period: the shortest stretch of memory after which channels and vector
+// boundaries coincide again.
+Tiling rows_map(const Extent& e, int lanes, const Device& device) {
+  Tiling t;
+  t.traversal = Traversal::rows;
+  const int most = std::min(kMapThreads, device.block_threads);
+  t.row_length = std::lcm(e.channels * e.inner, int64_t{lanes});
+  const int64_t columns = std::min(t.row_length, round_up(e.numel() + lanes, lanes)) / lanes;
+  t.vectors = static_cast<int>(std::min<int64_t>({columns, kMapWidth, most}));
+  t.group_width = int64_t{t.vectors} * lanes;
+  t.groups = ceil_div(columns, t.vectors);
+  t.rows = ceil_div(e.numel() + lanes - 1, t.row_length);  // the first may begin inside a vector
+  t.height = static_cast<int>(std::clamp<int64_t>(most / t.vectors, 1, t.rows));
+  t.threads = std::min(whole_warps(int64_t{t.vectors} * t.height), whole_warps(most));
+  cut(t, ceil_div(int64_t{kMapBlocks} * device.multiprocessors, t.groups), int64_t{t.height} * kBatch);
+  return t;
+}
+
+}  // namespace
+
+Plan make_plan(const Problem& problem, const Device& device, bool aligned) {
+  Plan plan;
+  const Traffic tensors = traffic(problem.pass);
+  plan.extent = one_run_if_one_channel(problem.extent);
+  plan.reduces = tensors.read_by_reduce > 0;
+  const Extent& e = plan.extent;
+  const int64_t element = size_of(problem.dtype);
+  const int lanes = static_cast<int>(kVectorBytes / element);
+  if (e.numel() == 0) {  // nothing to walk: one block counts the batch
+    plan.reduces = false;
+    plan.extent = {0, e.channels, 1};
+    plan.map = Tiling{Traversal::rows, kWarp, 1};
+    plan.map.groups = plan.map.chunks = 1;
+    return plan;
+  }
+  if (e.channels == 1 || e.inner * element >= kRunBytes) {
+    plan.reduce = planes(e, lanes, device, aligned, kPlaneBlocks, kPlaneThreads);
+    plan.map = planes(e, lanes, device, aligned, kMapBlocks, kMapThreads);
+  } else {
+    plan.reduce = rows_reduce(e, lanes, device);
+    plan.map = rows_map(e, lanes, device);
+  }
+
+  const int64_t tensor_bytes = e.numel() * element;
+  // The map walks backwards: what the reduce read last it finds in L2, of which a fifth goes to the output.
+  const int64_t kept = std::min(tensors.read_by_reduce * tensor_bytes, device.l2 * 4 / 5);
+  plan.bytes_moved = (tensors.read_by_reduce + tensors.read_by_map + tensors.written) * tensor_bytes - kept;
+  plan.bytes_minimum =
+      (std::max(tensors.read_by_reduce, tensors.read_by_map) + tensors.written) * tensor_bytes;
+  plan.floor_seconds = device.bandwidth > 0 ? static_cast<double>(plan.bytes_minimum) / device.bandwidth : 0;
+  plan.streaming_stores = tensor_bytes > device.l2 / 2;
+  if (plan.reduces) plan.scratch_bytes = (plan.reduce.chunks + 1) * e.channels * int64_t{sizeof(double)} * 2;
+  return plan;
+}
+
+const char* name(Engine engine) {
+  switch (engine) {
+    case Engine::streaming:
+      return "streaming";
+  }
+  return "";
+}
+
+}  // namespace bnext::cuda

@@ -1,0 +1,105 @@
+// What the launching side and threads ask of the execution model.
+#include "model.h"
+
+#include <algorithm>
+#include <stdexcept>
+#include <string>
+
+#include "scheduler.h"
+
+namespace model {
+namespace {
+
+constexpr unsigned kMostThreads = 1024;  // of a block, as on every device
+
+// Waits for all threads of the barrier, in the one function. All but exchange() order memory.
+void wait_at(Barrier& barrier, Place place) {
+  Thread& self = *current;
+  std::vector<Place>& places = self.block->places;
+  if (barrier.arrived == 0) barrier.place = place;
+  places[self.index] = place;
+  if (place != barrier.place) throw std::runtime_error("divergent barrier in " + describe(*self.block));
+  void* const token = &barrier.tokens[barrier.generation % 2];
+  if (place != Place::exchange) release(token);
+  if (++barrier.arrived == barrier.count) {
+    barrier.arrived = 0;
+    ++barrier.generation;
+    if (place == Place::sync_block) ++process.counts.barriers;
+    std::fill_n(places.begin() + barrier.first, barrier.count, Place::running);
+  }
+  self.fiber.leave();
+  if (place != Place::exchange) acquire(token);
+}
+
+Warp& own_warp() { return current->block->warps[current->index / kWarp]; }
+
+}  // namespace
+
+void set_options(const Options& chosen) {
+  process.options = chosen;
+  process.generator.seed(chosen.seed);
+}
+
+void set_faults(const Faults& planted) { process.faults = planted; }
+
+Statistics statistics() { return process.counts; }
+
+void launch(unsigned blocks, unsigned threads, size_t shared_bytes, const std::function<void()>& body) {
+  if (launched != nullptr) throw std::logic_error("a launch within a launch");
+  if (blocks == 0 || threads == 0 || threads % kWarp != 0 || threads > kMostThreads) {
+    throw std::invalid_argument("launch of " + std::to_string(blocks) + " blocks of " +
+                                std::to_string(threads) + " threads");
+  }
+  const Unwatched unwatched;
+  ++process.counts.launches;
+  Launch(blocks, threads, shared_bytes, body).run();
+}
+
+unsigned thread_index() { return current->index; }
+unsigned thread_count() { return launched->threads; }
+unsigned block_index() { return current->block->index; }
+unsigned block_count() { return launched->blocks; }
+std::byte* block_memory() { return current->block->memory.get(); }
+ptrdiff_t store_displacement() { return process.faults.displace_stores; }
+
+void sync_block() {
+  const Unwatched unwatched;
+  if (current->barriers++ == process.faults.skip_barrier) return;
+  wait_at(current->block->barrier, Place::sync_block);
+}
+
+void sync_warp() {
+  const Unwatched unwatched;
+  wait_at(own_warp().barrier, Place::sync_warp);
+}
+
+uint64_t exchange(uint64_t value, unsigned source_lane) {
+  const Unwatched unwatched;
+  Warp& warp = own_warp();
+  uint64_t* const values = warp.values[warp.barrier.generation % 2];
+  values[current->index % kWarp] = value;
+  wait_at(warp.barrier, Place::exchange);
+  return values[source_lane % kWarp];
+}
+
+bool last_to_arrive(unsigned* counter, unsigned expected) {
+  const Unwatched unwatched;
+  Block& block = *current->block;
+  wait_at(block.barrier, Place::arrival_begin);
+  if (current->index == 0) {
+    release(counter);
+    const unsigned before = (*counter)++;
+    if (before >= expected)
+      throw std::runtime_error("more blocks arrive than expected in " + describe(block));
+    const bool all = before + 1 == expected;
+    if (all) {
+      acquire(counter);
+      *counter = 0;
+    }
+    block.last = process.faults.early_arrival ? before == 0 : all;
+  }
+  wait_at(block.barrier, Place::arrival_end);
+  return block.last;
+}
+
+}  // namespace model

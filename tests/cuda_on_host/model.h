@@ -1,0 +1,89 @@
+// An execution model of a CUDA launch on the CPU: one fiber per CUDA thread, all in one OS thread, so that
+// the kernels' own sources run in tests, under AddressSanitizer and under ThreadSanitizer.
+//
+// A thread runs until it waits for others; a few blocks are under way at once. ThreadSanitizer reports
+// accesses of two threads to one place that no barrier and no arrival orders, whatever order they happened to
+// run in. What it costs grows with the threads that are alive and with those of a launch, and newer ones (of
+// GCC 13, clang 14) tell some 250 apart at a time: look for races with small blocks, resident_blocks times
+// threads below that. What this cannot show: fences and caches of a real device, warps in lockstep, speed.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+
+namespace model {
+
+// ---- the launching side ----
+
+struct Options {
+  enum class Order {
+    ascending,
+    descending,
+    random
+  } order = Order::ascending;    // of blocks, threads in a block
+  uint64_t seed = 0;             // of the random order, which goes on from launch to launch
+  unsigned resident_blocks = 4;  // alive at once; the others start as these end, as in any ordinary launch
+};
+
+// Planted faults, for tests of the model and of the tests of kernels: something must catch each.
+struct Faults {
+  int skip_barrier = -1;  // each thread passes its k-th sync_block(), from 0, neither waiting nor ordering
+  bool early_arrival = false;     // last_to_arrive() says true to the first block instead of the last
+  ptrdiff_t displace_stores = 0;  // bytes that displaced() adds
+};
+
+void set_options(const Options& options);
+void set_faults(const Faults& faults);
+
+// Runs body once for every thread of every block; threads is a multiple of the 32 of a warp.
+// Throws what body throws, and std::runtime_error where threads of a block wait for what the others never do,
+// where they wait in different functions for one another, and where a block goes on and on (a thread that
+// spins and never waits is not noticed). After an exception the next launch starts afresh; threads that were
+// under way are left as they are, without running destructors.
+void launch(unsigned blocks, unsigned threads, size_t shared_bytes, const std::function<void()>& body);
+
+// Since the start of the process.
+struct Statistics {
+  uint64_t launches, blocks;
+  uint64_t
+      barriers;  // a block that passes sync_block() counts as one; those in last_to_arrive() do not count
+};
+Statistics statistics();
+
+// ---- inside body ----
+
+unsigned thread_index();  // in the block
+unsigned thread_count();  // of a block
+unsigned block_index();
+unsigned block_count();
+
+// The block's own, on a boundary of 128 bytes, exactly shared_bytes long, 0xCD everywhere when the block
+// starts.
+std::byte* block_memory();
+
+// All threads of the block call it; what any did before is visible to all after.
+void sync_block();
+
+// The same for the 32 threads of a warp.
+void sync_warp();
+
+// All lanes of the warp give a value, each gets source_lane's. As on a device this orders no access to
+// memory.
+uint64_t exchange(uint64_t value, unsigned source_lane);
+
+// All threads of a block call it, and they wait for each other before and after. Each block counts *counter
+// up by one; the one that makes it `expected` gets true in all threads, sees what the others wrote before,
+// and leaves 0 behind.
+bool last_to_arrive(unsigned* counter, unsigned expected);
+
+// Bytes of Faults::displace_stores.
+ptrdiff_t store_displacement();
+
+// Where a store to p goes.
+template <class T>
+T* displaced(T* p) {
+  return reinterpret_cast<T*>(reinterpret_cast<std::byte*>(p) + store_displacement());
+}
+
+}  // namespace model

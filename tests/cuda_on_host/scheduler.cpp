@@ -1,0 +1,163 @@
+// Runs the threads of a launch in turns, and sees when a block cannot go on.
+#include "scheduler.h"
+
+#include <algorithm>
+#include <cstring>
+#include <iterator>
+#include <numeric>
+#include <stdexcept>
+#include <utility>
+
+namespace model {
+namespace {
+
+// A block that is given so many turns in which no thread ends is not going to end.
+constexpr unsigned kPatience = 20000;
+
+constexpr const char* kNames[] = {"are running",
+                                  "have ended",
+                                  "wait in sync_block",
+                                  "wait at the beginning of last_to_arrive",
+                                  "wait at the end of last_to_arrive",
+                                  "wait in sync_warp",
+                                  "wait in exchange"};
+
+Memory new_block_memory(size_t bytes) {
+  auto* const memory = static_cast<std::byte*>(::operator new(bytes, std::align_val_t{kMemoryAlignment}));
+  std::memset(memory, 0xCD, bytes);
+  return Memory(memory);
+}
+
+MODEL_UNINSTRUMENTED void run_thread() {
+  acquire(&launched->begin_token);
+  try {
+    launched->body();
+  } catch (...) {
+    const Unwatched unwatched;
+    launched->failure = std::current_exception();
+  }
+  {
+    const Unwatched unwatched;
+    Thread& self = *current;
+    self.block->places[self.index] = Place::ended;
+    ++self.block->ended;
+    self.block->idle_turns = 0;
+  }
+  current->fiber.leave_for_good();
+}
+
+}  // namespace
+
+Process process;
+Launch* launched = nullptr;
+Thread* current = nullptr;
+
+Block::Block(unsigned index, unsigned count, size_t shared_bytes)
+    : index(index),
+      barrier{.first = 0, .count = count},
+      places(count, Place::running),
+      threads(std::make_unique<Thread[]>(count)),
+      warps(std::make_unique<Warp[]>(count / kWarp)),
+      memory(new_block_memory(shared_bytes)) {
+  for (unsigned t = 0; t < count; ++t) {
+    Warp& warp = warps[t / kWarp];
+    if (t % kWarp == 0) warp.barrier = {.first = t, .count = kWarp};
+    threads[t].block = this;
+    threads[t].index = t;
+    threads[t].fiber.prepare(warp.stacks, t % kWarp, run_thread);
+  }
+}
+
+std::string describe(const Block& block) {
+  std::string text =
+      "block " + std::to_string(block.index) + ": of " + std::to_string(block.places.size()) + " threads";
+  const char* separator = " ";
+  for (size_t place = 0; place < std::size(kNames); ++place) {
+    const auto number = std::count(block.places.begin(), block.places.end(), static_cast<Place>(place));
+    if (number == 0) continue;
+    text += separator + std::to_string(number) + " " + kNames[place];
+    separator = ", ";
+  }
+  return text;
+}
+
+Launch::Launch(unsigned blocks, unsigned threads, size_t shared_bytes, const std::function<void()>& body)
+    : blocks(blocks),
+      threads(threads),
+      body(body),
+      shared_bytes_(shared_bytes),
+      block_order_(blocks),
+      thread_order_(threads) {
+  std::iota(block_order_.begin(), block_order_.end(), 0u);
+  std::iota(thread_order_.begin(), thread_order_.end(), 0u);
+  if (process.options.order == Options::Order::descending) {
+    std::reverse(block_order_.begin(), block_order_.end());
+    std::reverse(thread_order_.begin(), thread_order_.end());
+  } else if (process.options.order == Options::Order::random) {
+    std::shuffle(block_order_.begin(), block_order_.end(), process.generator);
+  }
+  release(&begin_token);
+  launched = this;
+}
+
+Launch::~Launch() {
+  for (auto& block : resident_) {
+    if (block != nullptr) retire(std::move(block));
+  }
+  resident_.clear();
+  acquire(&end_token_);
+  forget_fibers();
+  launched = nullptr;
+  current = nullptr;
+}
+
+void Launch::start_blocks() {
+  const unsigned most =
+      std::min(process.options.resident_blocks, kThreadSanitizer ? kMostFibers / threads : blocks);
+  while (started_ < blocks && resident_.size() < std::max(most, 1u)) {
+    resident_.push_back(std::make_unique<Block>(block_order_[started_], threads, shared_bytes_));
+    ++started_;
+  }
+}
+
+// Every thread that can run runs until it waits.
+void Launch::give_turn(Block& block) {
+  if (process.options.order == Options::Order::random) {
+    std::shuffle(thread_order_.begin(), thread_order_.end(), process.generator);
+  }
+  bool progress = false;
+  for (const unsigned t : thread_order_) {
+    if (block.places[t] != Place::running) continue;
+    progress = true;
+    current = &block.threads[t];
+    current->fiber.enter();
+    if (failure) std::rethrow_exception(failure);
+  }
+  if (!progress) throw std::runtime_error("deadlock in " + describe(block));
+  if (++block.idle_turns > kPatience) throw std::runtime_error("livelock in " + describe(block));
+}
+
+void Launch::retire(std::unique_ptr<Block> block) {
+  for (unsigned t = 0; t < threads; ++t) block->threads[t].fiber.release_all(&end_token_);
+  if (kThreadSanitizer) memory_of_ended_.push_back(std::move(block->memory));
+}
+
+void Launch::run() {
+  while (true) {
+    start_blocks();
+    if (resident_.empty()) return;
+    if (process.options.order == Options::Order::random) {
+      std::shuffle(resident_.begin(), resident_.end(), process.generator);
+    }
+    for (auto& block : resident_) {
+      give_turn(*block);
+      if (block->ended == threads) {
+        ++process.counts.blocks;
+        retire(std::move(block));
+      }
+    }
+    std::erase(resident_, nullptr);
+  }
+}
+
+}  // namespace model

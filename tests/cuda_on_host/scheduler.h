@@ -1,0 +1,109 @@
+// The inside of the execution model: blocks under way, who waits where, and whose turn it is.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <exception>
+#include <functional>
+#include <memory>
+#include <new>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "fiber.h"
+#include "model.h"
+
+namespace model {
+
+constexpr unsigned kWarp = Stacks::kCount;
+
+// Where a thread is: it can run, it has ended, or it waits in one of these functions.
+enum class Place : uint8_t { running, ended, sync_block, arrival_begin, arrival_end, sync_warp, exchange };
+
+// Of threads first to first + count of a block. A token orders memory for one generation: were there a single
+// one, a thread that is late to leave would also be ordered after what others do next. Two take turns, since
+// nobody comes to a generation before everybody has left the one before the last.
+struct Barrier {
+  unsigned first = 0, count = 0;
+  unsigned arrived = 0, generation = 0;
+  Place place = Place::running;  // of those that have arrived
+  char tokens[2] = {};
+};
+
+struct Warp {
+  Barrier barrier;
+  uint64_t values[2][kWarp] = {};  // of exchange(), by generation
+  Stacks stacks;
+};
+
+struct Block;
+
+struct Thread {
+  Fiber fiber;
+  Block* block = nullptr;
+  unsigned index = 0;
+  int barriers = 0;  // calls of sync_block()
+};
+
+constexpr size_t kMemoryAlignment = 128;
+
+struct FreeAligned {
+  void operator()(std::byte* p) const { ::operator delete(p, std::align_val_t{kMemoryAlignment}); }
+};
+using Memory = std::unique_ptr<std::byte, FreeAligned>;
+
+struct Block {
+  Block(unsigned index, unsigned count, size_t shared_bytes);
+
+  unsigned index, ended = 0;
+  unsigned idle_turns = 0;  // since a thread ended
+  bool last = false;        // what last_to_arrive() says
+  Barrier barrier;
+  std::vector<Place> places;  // of threads
+  std::unique_ptr<Thread[]> threads;
+  std::unique_ptr<Warp[]> warps;
+  Memory memory;
+};
+
+// With the number of threads in each place.
+std::string describe(const Block& block);
+
+// What outlives a launch.
+struct Process {
+  Options options;
+  Faults faults;
+  Statistics counts{};
+  std::mt19937_64 generator;  // of the random order
+};
+extern Process process;
+
+class Launch {
+ public:
+  Launch(unsigned blocks, unsigned threads, size_t shared_bytes, const std::function<void()>& body);
+  ~Launch();
+
+  void run();
+
+  const unsigned blocks, threads;
+  const std::function<void()>& body;
+  std::exception_ptr failure;  // of a thread
+  char begin_token = 0;        // orders what was done before the launch before what threads do
+
+ private:
+  void start_blocks();
+  void give_turn(Block& block);
+  void retire(std::unique_ptr<Block> block);
+
+  const size_t shared_bytes_;
+  std::vector<unsigned> block_order_, thread_order_;
+  size_t started_ = 0;
+  std::vector<std::unique_ptr<Block>> resident_;
+  std::vector<Memory> memory_of_ended_;  // ThreadSanitizer: no address twice in a launch
+  char end_token_ = 0;                   // orders what threads did before what follows the launch
+};
+
+extern Launch* launched;
+extern Thread* current;  // whose turn it is
+
+}  // namespace model

@@ -1,0 +1,218 @@
+"""The CUDA engine's kernels run on the CPU (cuda_on_host/): problems in, results out, through an executable."""
+
+from __future__ import annotations
+
+import struct
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import on_host
+from problem import Problem
+
+ROOT = Path(__file__).resolve().parents[1]
+SOURCES = [
+    *(ROOT / "tests" / "cuda_on_host" / name for name in ("engine.cpp", *on_host.MODEL)),
+    *(ROOT / "csrc" / name for name in ("cuda/forward.cu", "cuda/backward.cu", "plan.cpp", "plan_cuda.cpp")),
+]
+# As in csrc/storage.h.
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+ORDERS = ["ascending", "descending", "random"]
+
+# One launch of each kernel, of every type: (shape, layout). Rows of odd and of whole vectors, joined rows, short runs
+# of channels as rows, planes of odd and of whole vectors.
+SMALL = [
+    ((40, 5), "nc"),
+    ((33, 16), "nc"),
+    ((5, 33, 3, 3), "nchw"),
+    ((3, 3, 17, 31), "nchw"),
+    ((2, 2, 16, 24), "nchw"),
+    ((3, 7, 5, 4), "nhwc"),
+]
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """In which order threads and blocks run, and on what a device the plan is for. Small ones cut small tensors."""
+
+    order: str = "ascending"
+    seed: int = 0
+    resident_blocks: int = 4
+    multiprocessors: int = 3
+    block_threads: int = 64
+    l2: int = 1 << 20
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What is planted into the run, see cuda_on_host/model.h."""
+
+    skip_barrier: int = -1
+    early_arrival: bool = False
+    displace_stores: int = 0
+
+
+@dataclass
+class HostCall:
+    """Forward and, unless `backward` is False, backward of a problem whose x is dense in an order kernels know."""
+
+    problem: Problem
+    schedule: Schedule = Schedule()
+    fault: Fault = Fault()
+    backward: bool = True
+    wanted: tuple[bool, bool, bool] = (True, True, True)  # dx, dweight, dbias
+    shifts: tuple[int, int, int] = (0, 0, 0)  # elements off a boundary of 16 bytes: x, dy, outputs
+    counter: int | None = None
+
+    @property
+    def channels_last(self) -> bool:
+        return not self.problem.x.is_contiguous()
+
+    def _bytes(self, tensor: Tensor) -> bytes:
+        dense = tensor.movedim(1, -1) if tensor.dim() > 1 and self.channels_last else tensor
+        return dense.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+
+    def encode(self) -> bytes:
+        """As engine.cpp reads it."""
+        p, x = self.problem, self.problem.x
+        inner = x.shape[2:].numel()
+        extent = (
+            (x.shape[0] * inner, x.shape[1], 1) if self.channels_last else (x.shape[0], x.shape[1], inner)
+        )
+        vectors = [p.weight, p.bias, p.running_mean, p.running_var]
+        vector_dtype = next((v.dtype for v in vectors if v is not None), torch.float32)
+        s = self.schedule
+        integers = [
+            *extent,
+            DTYPES.index(x.dtype),
+            DTYPES.index(vector_dtype),
+            p.weight is not None,
+            p.bias is not None,
+            p.running_mean is not None,
+            self.counter is not None,
+            p.batch,
+            p.momentum is None,
+            p.unbiased,
+            self.backward,
+            *(want and self.backward for want in self.wanted),
+            *self.shifts,
+            ORDERS.index(s.order),
+            s.seed,
+            s.resident_blocks,
+            s.multiprocessors,
+            s.block_threads,
+            s.l2,
+            *astuple(self.fault),
+        ]
+        head = struct.pack(f"{len(integers)}q2d", *map(int, integers), p.eps, p.momentum or 0.0)
+        tensors = [x, p.dy if self.backward else None, *vectors]
+        counter = b"" if self.counter is None else struct.pack("q", self.counter)
+        return head + b"".join(self._bytes(t) for t in tensors if t is not None) + counter
+
+
+@dataclass
+class Result:
+    y: Tensor
+    stats: Tensor
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    counter: int | None
+    dx: Tensor | None
+    dweight: Tensor | None
+    dbias: Tensor | None
+    launches: list[int]  # kernels of forward, of backward
+
+    def bits(self) -> bytes:
+        tensors = [self.y, self.stats, self.running_mean, self.running_var, self.dx, self.dweight, self.dbias]
+        return b"".join(t.contiguous().view(torch.uint8).numpy().tobytes() for t in tensors if t is not None)
+
+
+class _Reader:
+    def __init__(self, data: bytes) -> None:
+        self.data, self.at = data, 0
+
+    def tensor(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        count = dtype.itemsize * int(torch.Size(shape).numel())
+        part = bytearray(self.data[self.at : self.at + count])
+        assert len(part) == count, "the results end too early"
+        self.at += count
+        return torch.frombuffer(part, dtype=dtype).view(shape) if count else torch.empty(shape, dtype=dtype)
+
+    def result(self, call: HostCall) -> Result:
+        p, x = call.problem, call.problem.x
+        channels, last = x.shape[1], [x.shape[0], *x.shape[2:], x.shape[1]]
+
+        def like_x() -> Tensor:
+            if call.channels_last:
+                return self.tensor(last, x.dtype).movedim(-1, 1)
+            return self.tensor(x.shape, x.dtype)
+
+        def vector(given: Tensor | None) -> Tensor | None:
+            return None if given is None else self.tensor([channels], given.dtype)
+
+        grads = torch.float64 if x.dtype == torch.float64 else torch.float32
+        want = [wanted and call.backward for wanted in call.wanted]
+        return Result(
+            y=like_x(),
+            stats=self.tensor([2, channels], torch.float64),
+            running_mean=vector(p.running_mean),
+            running_var=vector(p.running_var),
+            counter=None if call.counter is None else int(self.tensor([1], torch.int64)),
+            dx=like_x() if want[0] else None,
+            dweight=self.tensor([channels], grads) if want[1] else None,
+            dbias=self.tensor([channels], grads) if want[2] else None,
+            launches=self.tensor([2], torch.int64).tolist(),
+        )
+
+
+def execute(calls: Sequence[HostCall], variant: str) -> tuple[subprocess.CompletedProcess[str], bytes]:
+    """Builds the engine in this variant if need be, and runs it over the calls."""
+    flags = ["-I", str(ROOT / "csrc"), "-I", str(ROOT / "tests" / "cuda_on_host"), "-Wno-unknown-pragmas"]
+    program = on_host.build("engine", variant, SOURCES, flags)
+    with tempfile.TemporaryDirectory() as folder:
+        given, results = Path(folder) / "calls", Path(folder) / "results"
+        given.write_bytes(b"".join(call.encode() for call in calls))
+        done = on_host.execute(program, variant, str(given), str(results))
+        return done, results.read_bytes() if results.exists() else b""
+
+
+def run(calls: Sequence[HostCall], variant: str = "plain") -> list[Result]:
+    """The result of every call; fails with what the executable said if one went wrong."""
+    done, data = execute(calls, variant)
+    assert done.returncode == 0 and not done.stderr, done.stderr[-4000:]
+    reader = _Reader(data)
+    results = [reader.result(call) for call in calls]
+    assert reader.at == len(data), "there are more results than calls"
+    return results
+
+
+def check(call: HostCall, result: Result) -> None:
+    """Everything against the float64 reference."""
+    p = call.problem
+    p.check_output(result.y)
+    if result.running_mean is not None and p.batch:
+        assert p.running_mean is not None and p.running_var is not None and result.running_var is not None
+        before = p.running_mean, p.running_var
+        p.running_mean, p.running_var = result.running_mean, result.running_var
+        momentum = 1 / ((call.counter or 0) + 1) if p.momentum is None else p.momentum
+        p.check_running(momentum)
+        p.running_mean, p.running_var = before
+    if result.counter is not None:
+        assert call.counter is not None and result.counter == call.counter + int(p.batch)
+    for grad, judge in (
+        (result.dx, p.check_input_grad),
+        (result.dweight, p.check_weight_grad),
+        (result.dbias, p.check_bias_grad),
+    ):
+        if grad is not None:
+            judge(grad)
+
+
+def run_and_check(calls: Sequence[HostCall], variant: str = "plain") -> None:
+    for call, result in zip(calls, run(calls, variant), strict=True):
+        check(call, result)
