@@ -1,0 +1,66 @@
+"""The execution model that stands for a GPU in tests: it keeps its word, and planted faults do not go unseen."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+import on_host
+
+FOLDER = Path(__file__).resolve().parent / "cuda_on_host"
+SOURCES = [FOLDER / name for name in ("model_test.cpp", "planted_faults.cpp", *on_host.MODEL)]
+
+GOOD = [
+    "block_sum",
+    "many_blocks",
+    "fresh_memory",
+    "local_arrays",
+    "warp_exchange",
+    "last_arrival",
+    "deadlock",
+    "divergence",
+    "livelock",
+    "failing_thread",
+]
+RACES = [
+    "race_missing_barrier",
+    "race_warp_barrier_between_warps",
+    "race_exchange_orders_nothing",
+    "race_one_generation_late",
+    "race_skipped_barrier",
+    "race_early_arrival",
+    "race_between_blocks",
+]
+OVERRUNS = ["overrun_block_memory", "overrun_displaced_store"]
+PHRASES = {"thread": "data race", "address": "heap-buffer-overflow"}
+
+
+def model_test(variant: str) -> Path:
+    return on_host.build("model_test", variant, SOURCES)
+
+
+def test_every_scenario_is_run() -> None:
+    listed = on_host.execute(model_test("plain"), "plain").stdout.split()
+    assert listed == sorted(GOOD + RACES + OVERRUNS)
+
+
+@pytest.mark.parametrize("variant", on_host.VARIANTS)
+@pytest.mark.parametrize("scenario", GOOD)
+def test_correct_kernels_pass_in_silence(scenario: str, variant: str) -> None:
+    done = on_host.execute(model_test(variant), variant, scenario)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize(
+    ("scenario", "variant"),
+    [*((race, "thread") for race in RACES), *((overrun, "address") for overrun in OVERRUNS)],
+)
+def test_planted_faults_are_reported(scenario: str, variant: str) -> None:
+    """In the kernel, not in the model."""
+    done = on_host.execute(model_test(variant), variant, scenario)
+    assert done.returncode != 0
+    summary = [line for line in done.stderr.splitlines() if line.startswith("SUMMARY")]
+    assert len(summary) == 1, done.stderr
+    assert PHRASES[variant] in summary[0]
+    assert "planted_faults.cpp" in summary[0] or "scenarios.h" in summary[0]
