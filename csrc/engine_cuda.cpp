@@ -2,7 +2,6 @@
 #include "engine_cuda.h"
 
 #include <ATen/ops/empty.h>
-#include <ATen/ops/zeros.h>
 #include <c10/core/DeviceGuard.h>
 
 #include <map>
@@ -42,42 +41,42 @@ void run_cuda(const BackwardArgs&, Pass, c10::Device device) { require_cuda_engi
 
 namespace {
 
-at::TensorOptions ints(c10::Device device) { return at::TensorOptions().device(device).dtype(at::kInt); }
-
-// Counters that are zero whenever a kernel starts: every call leaves them so. One set per stream, whose
-// kernels run one after another. A captured graph may be replayed beside anything, so each captured call gets
-// counters of its own, for good: from a reserve made outside of captures or, where that is used up, zeroed by
-// a node of the graph.
+// Which of a device's counters a call gets. Every call leaves them zero, so that the calls of a stream, which
+// run one after another, can share theirs. A captured graph may be replayed beside anything: each captured
+// call gets counters of its own, for good.
 class Counters {
  public:
-  explicit Counters(c10::Device device) : device_(device) {}
-
-  at::Tensor get(void* stream, bool capturing, int64_t count) {
+  // Of the first, or -1: there are not enough left.
+  int64_t get(void* stream, bool capturing, int64_t count) {
     const std::lock_guard<std::mutex> lock(mutex_);
-    if (capturing) {
-      if (!reserve_.defined() || used_ + count > reserve_.numel()) return at::zeros({count}, ints(device_));
-      used_ += count;
-      return reserve_.narrow(0, used_ - count, count);
+    if (capturing) return take(count);
+    Range& range = of_stream_[stream];
+    if (range.count < count) {
+      const int64_t rounded = (count + kTogether - 1) / kTogether * kTogether;
+      range = {take(rounded), rounded};
+      if (range.first < 0) of_stream_.erase(stream);
     }
-    if (!reserve_.defined() || used_ > reserve_.numel() / 2) {
-      reserve_ = at::zeros({kReserve}, ints(device_));  // the old one lives on in no graph's way: see kept_
-      kept_.push_back(reserve_);
-      used_ = 0;
-    }
-    at::Tensor& counters = of_stream_[stream];
-    if (!counters.defined() || counters.numel() < count) counters = at::zeros({2 * count}, ints(device_));
-    return counters;
+    const auto found = of_stream_.find(stream);
+    return found == of_stream_.end() ? -1 : found->second.first;
   }
 
  private:
-  static constexpr int64_t kReserve = 1 << 16;  // of 4 bytes: some thousand captured calls
+  static constexpr int64_t kTogether =
+      1024;  // more than blocks of any device's groups that have several chunks
 
-  c10::Device device_;
+  struct Range {
+    int64_t first = -1, count = 0;
+  };
+
+  int64_t take(int64_t count) {
+    if (used_ + count > cuda::kCounters) return -1;
+    used_ += count;
+    return used_ - count;
+  }
+
   std::mutex mutex_;
-  std::map<void*, at::Tensor> of_stream_;
-  at::Tensor reserve_;
+  std::map<void*, Range> of_stream_;
   int64_t used_ = 0;
-  std::vector<at::Tensor> kept_;  // graphs hold addresses, not tensors
 };
 
 // Never destroyed: at exit the driver may be gone before static objects are.
@@ -85,7 +84,7 @@ Counters& counters_of(c10::Device device) {
   static std::mutex mutex;
   static auto& all = *new std::map<c10::DeviceIndex, Counters>();
   const std::lock_guard<std::mutex> lock(mutex);
-  return all.try_emplace(device.index(), device).first->second;
+  return all[device.index()];
 }
 
 template <class Args, class Launch>
@@ -95,13 +94,23 @@ void run_on(const Args& args, Pass pass, c10::Device device, Launch launch) {
       cuda::make_plan({args.extent, args.dtype, pass}, cuda::device(device.index()), cuda::aligned(args));
   cuda::Workspace workspace;
   workspace.stream = c10::cuda::getCurrentCUDAStream(device.index()).stream();
-  at::Tensor scratch, counters;  // freed in the order of the stream
+  at::Tensor scratch;  // freed in the order of the stream
   if (plan.reduces) {
-    scratch = at::empty({plan.scratch_bytes}, at::TensorOptions().device(device).dtype(at::kByte));
-    counters =
-        counters_of(device).get(workspace.stream, cuda::is_capturing(workspace.stream), plan.reduce.groups);
+    const int64_t count = plan.counters(), bytes = count * int64_t{sizeof(unsigned)};
+    int64_t first = 0;
+    if (count > 0)
+      first = counters_of(device).get(workspace.stream, cuda::is_capturing(workspace.stream), count);
+    const bool own = first < 0;  // none are left: some of the call's own, cleared by a node more
+    scratch = at::empty({plan.scratch_bytes + (own ? bytes : 0)},
+                        at::TensorOptions().device(device).dtype(at::kByte));
     workspace.scratch = scratch.data_ptr();
-    workspace.counters = static_cast<unsigned*>(counters.data_ptr());
+    if (own) {
+      workspace.counters =
+          reinterpret_cast<unsigned*>(static_cast<char*>(workspace.scratch) + plan.scratch_bytes);
+      cuda::clear(workspace.counters, bytes, workspace.stream);
+    } else if (count > 0) {
+      workspace.counters = cuda::counters() + first;
+    }
   }
   launch(args, plan, workspace);
 }

@@ -18,7 +18,7 @@
 namespace bnext {
 
 // Sums over one channel. moments: of (x-c) and (x-c)^2. grad_sums: of dz and dz*(x-c).
-struct Sums {
+struct alignas(16) Sums {
   double first = 0;
   double second = 0;
 

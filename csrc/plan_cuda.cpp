@@ -18,7 +18,7 @@ constexpr int64_t kRunBytes = 512;      // from here on a plane's run fills a wa
 constexpr int64_t kFoldElements = 128;  // rows shorter than this are joined until they end with a vector
 constexpr int64_t kSegmentBytes = 128;  // of a row at least: a line, below which DRAM gives half its rate
 constexpr int kWidest = 256;            // vectors of a row in a group: centers and sums fit shared memory
-constexpr int kMapWidth = 64;           // vectors of a row in a map's group
+constexpr int kMapWidth = 32;           // vectors of a row in a map's group
 constexpr int kShortRunVectors = 64;    // the same where channels are short runs
 constexpr int kPlaneBlocks = 3;         // blocks per multiprocessor of a planes reduce: as many as it holds
 constexpr int kMapBlocks = 8;           // the same of maps, which only stream
@@ -49,7 +49,7 @@ Tiling planes(const Extent& e, int lanes, const Device& device, bool aligned, in
   t.groups = e.channels;
   const int64_t vectors =
       aligned && e.inner % lanes == 0 ? e.inner / lanes : (e.inner + lanes - 2) / lanes + 1;
-  t.vectors = static_cast<int>(std::min<int64_t>(vectors, INT32_MAX));
+  t.vectors = vectors;
   const int most = std::min(most_threads, device.block_threads);
   t.threads = static_cast<int>(std::clamp<int64_t>(whole_warps(t.positions() / 2), kWarp, most));
   cut(t, int64_t{blocks_per_multiprocessor} * device.multiprocessors / e.channels,
@@ -67,6 +67,7 @@ int64_t group_channels(const Extent& e, int lanes, int threads) {
         std::max(segment, static_cast<int64_t>(std::sqrt(kFoldShare * static_cast<double>(e.channels))));
     // Few rows: the threads of a block side by side rather than idle.
     channels = std::max(channels, threads / std::max<int64_t>(1, e.outer / kBatch) * lanes);
+    channels = channels / segment * segment;
   } else {
     channels = kShortRunVectors * lanes / e.inner;
   }
@@ -77,7 +78,7 @@ int64_t group_channels(const Extent& e, int lanes, int threads) {
 Tiling rows_reduce(const Extent& e, int lanes, const Device& device) {
   Tiling t;
   t.traversal = Traversal::rows;
-  const int most = std::min(kRowThreads, device.block_threads);
+  int most = std::min(kRowThreads, device.block_threads);
   const int64_t row = e.channels * e.inner;
   int64_t fold = row <= kFoldElements ? lanes / std::gcd(row, int64_t{lanes}) : 1;
   if (e.outer < 2 * fold || fold * row > int64_t{most} * lanes) fold = 1;
@@ -91,9 +92,11 @@ Tiling rows_reduce(const Extent& e, int lanes, const Device& device) {
   t.group_channels = std::min(t.group_channels, e.channels);
   t.group_width = fold > 1 ? t.row_length : t.group_channels * e.inner;
   t.groups = ceil_div(e.channels, t.group_channels);
-  t.vectors = static_cast<int>(ceil_div(t.group_width, lanes));
+  t.vectors = ceil_div(t.group_width, lanes);
+  // Groups enough for several turns: smaller blocks, of which one begins while another ends.
+  if (t.groups >= 2 * device.multiprocessors && t.vectors <= most / 2) most /= 2;
   t.height = static_cast<int>(std::clamp<int64_t>(most / t.vectors, 1, std::max<int64_t>(1, t.rows)));
-  t.threads = std::min(whole_warps(int64_t{t.vectors} * t.height), whole_warps(most));
+  t.threads = std::min(whole_warps(t.vectors * t.height), whole_warps(most));
   const int64_t per_multiprocessor = std::max(1, kRowThreads / t.threads);
   cut(t, per_multiprocessor * device.multiprocessors / t.groups, int64_t{t.height} * kBatch);
   return t;
@@ -107,12 +110,12 @@ Tiling rows_map(const Extent& e, int lanes, const Device& device) {
   const int most = std::min(kMapThreads, device.block_threads);
   t.row_length = std::lcm(e.channels * e.inner, int64_t{lanes});
   const int64_t columns = std::min(t.row_length, round_up(e.numel() + lanes, lanes)) / lanes;
-  t.vectors = static_cast<int>(std::min<int64_t>({columns, kMapWidth, most}));
+  t.vectors = std::min<int64_t>({columns, kMapWidth, most});
   t.group_width = int64_t{t.vectors} * lanes;
   t.groups = ceil_div(columns, t.vectors);
   t.rows = ceil_div(e.numel() + lanes - 1, t.row_length);  // the first may begin inside a vector
   t.height = static_cast<int>(std::clamp<int64_t>(most / t.vectors, 1, t.rows));
-  t.threads = std::min(whole_warps(int64_t{t.vectors} * t.height), whole_warps(most));
+  t.threads = std::min(whole_warps(t.vectors * t.height), whole_warps(most));
   cut(t, ceil_div(int64_t{kMapBlocks} * device.multiprocessors, t.groups), int64_t{t.height} * kBatch);
   return t;
 }
@@ -130,7 +133,9 @@ Plan make_plan(const Problem& problem, const Device& device, bool aligned) {
   if (e.numel() == 0) {  // nothing to walk: one block counts the batch
     plan.reduces = false;
     plan.extent = {0, e.channels, 1};
-    plan.map = Tiling{Traversal::rows, kWarp, 1};
+    plan.map.traversal = Traversal::rows;
+    plan.map.threads = kWarp;
+    plan.map.vectors = 1;
     plan.map.groups = plan.map.chunks = 1;
     return plan;
   }

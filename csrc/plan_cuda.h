@@ -35,8 +35,8 @@ enum class Engine : uint8_t { streaming };
 struct Tiling {
   Traversal traversal = Traversal::planes;
   int threads = 0;             // of a block: whole warps
-  int vectors = 0;             // see above
   int height = 1;              // rows
+  int64_t vectors = 0;         // see above
   int64_t rows = 0;            // whole rows of the matrix; runs of a channel
   int64_t row_length = 0;      // elements from one row, or run of a channel, to the next
   int64_t group_width = 0;     // elements of a row, or run, in one group
@@ -60,6 +60,8 @@ struct Plan {
   int64_t bytes_minimum = 0;      // every tensor once
   double floor_seconds = 0;       // bytes_minimum at the device's bandwidth
 
+  // Of the reduce, zero whenever it starts: one per group whose chunks wait for each other.
+  constexpr int64_t counters() const { return reduces && reduce.chunks > 1 ? reduce.groups : 0; }
   constexpr int launches() const { return int{reduces} + int{maps}; }
 };
 

@@ -193,6 +193,21 @@ def test_one_outlier_spoils_nothing(dtypes: Dtypes, where: str) -> None:
     run_and_check(calls)
 
 
+@pytest.mark.parametrize("special", [1e2, 1e4])
+@pytest.mark.parametrize("dtypes", [FLOAT32, FLOAT64], ids=str)
+@pytest.mark.parametrize("name", ["nchw", "nhwc"])
+def test_special_corners_do_not_become_the_center(name: str, dtypes: Dtypes, special: float) -> None:
+    """Images whose corners are all alike, far from everything else: the samples for the center must not be those."""
+    shape = (16, 2, 64, 64)
+    problem = make(shape, LAYOUT[name], dtypes, TRAIN)
+    generator = torch.Generator().manual_seed(0)
+    x = 0.3 + 1e-3 * torch.randn(shape, generator=generator, dtype=torch.float64)
+    for corner in ((0, 0), (0, -1), (-1, 0), (-1, -1)):
+        x[:, :, corner[0], corner[1]] = special
+    problem.x = LAYOUT[name].arrange(x.to(dtypes.input))
+    run_and_check([HostCall(problem, LARGE_DEVICE)])
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")], ids=str)
 def test_what_is_not_finite_stays_in_its_channel(value: float) -> None:
     for shape, name in SMALL:

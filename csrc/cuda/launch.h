@@ -10,7 +10,7 @@ namespace bnext::cuda {
 struct Workspace {
   void* stream = nullptr;        // cudaStream_t
   void* scratch = nullptr;       // plan.scratch_bytes, aligned for double; any content
-  unsigned* counters = nullptr;  // plan.reduce.groups, zero; zero again when the call's kernels have run
+  unsigned* counters = nullptr;  // plan.counters(), zero; zero again when the call's kernels have run
 };
 
 // Errors are std::runtime_error and name the operator.
@@ -28,5 +28,13 @@ const Device& device(int index);
 
 // Whether what is launched on the stream goes into a graph.
 bool is_capturing(void* stream);
+
+// kCounters of the current device, zero since its module was loaded. They are no allocation: nothing to make
+// inside a capture, nothing that a graph's memory pool could count as its own.
+constexpr int64_t kCounters = 1 << 18;
+unsigned* counters();
+
+// Zeroes memory in the order of the stream.
+void clear(void* data, int64_t bytes, void* stream);
 
 }  // namespace bnext::cuda

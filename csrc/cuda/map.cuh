@@ -54,27 +54,29 @@ BNEXT_DEVICE void map_rows(const Mapping& m, Map& map) {
   using Math = typename Map::Math;
   constexpr int kCount = kLanes<T>, kCoefficients = Map::kCoefficients;
   const Tiling& t = m.tiling;
-  const int64_t block = block_count() - 1 - block_index();
-  const int64_t group = block % t.groups, chunk = block / t.groups;
+  const unsigned block = block_count() - 1 - block_index(), groups = static_cast<unsigned>(t.groups);
+  const int64_t group = block % groups, chunk = block / groups;
   const int64_t numel = m.extent.numel(), inner = m.extent.inner, cycle = m.extent.channels * inner;
   const int index = static_cast<int>(thread_index()), threads = static_cast<int>(thread_count());
   const Output<T> output = map.output();
   const int phase = phase_of(output.data);
 
   // Coefficients of the group's columns, found once per block: [coefficient][column].
-  const int columns = t.vectors * kCount;
+  const int vectors = static_cast<int>(t.vectors), columns = vectors * kCount;
   Math* const memory = reinterpret_cast<Math*>(block_memory());
   for (int c = index; c < columns; c += threads) {
     const int64_t absolute = group * columns + c;  // of the output's boundaries; the tensor begins at phase
-    const int64_t place = (absolute + cycle - phase % cycle) % cycle;
-    const bool owner = chunk == 0 && absolute < cycle && place % inner == 0;
+    const int64_t moved = absolute >= phase ? absolute - phase : absolute + cycle - phase % cycle;
+    const int64_t place = moved < cycle ? moved : moved % cycle;
+    const int64_t channel = inner == 1 ? place : place / inner;
+    const bool owner = chunk == 0 && absolute < cycle && place == channel * inner;
     Math values[kCoefficients];
-    map.coefficients(place / inner, owner, values);
+    map.coefficients(channel, owner, values);
     BNEXT_UNROLL
     for (int k = 0; k < kCoefficients; ++k) memory[k * columns + c] = values[k];
   }
   sync_block();
-  const int column = index % t.vectors, row = index / t.vectors, height = t.height;
+  const int column = index % vectors, row = index / vectors, height = t.height;
   if (row >= height || (group * t.vectors + column) * kCount >= t.row_length) return;
   Math held[kCoefficients][kCount];
   BNEXT_UNROLL
@@ -116,8 +118,8 @@ BNEXT_DEVICE void map_planes(const Mapping& m, Map& map) {
   using Math = typename Map::Math;
   constexpr int kCount = kLanes<T>, kCoefficients = Map::kCoefficients;
   const Tiling& t = m.tiling;
-  const int64_t block = block_count() - 1 - block_index();
-  const int64_t channel = block % t.groups, chunk = block / t.groups;
+  const unsigned block = block_count() - 1 - block_index(), groups = static_cast<unsigned>(t.groups);
+  const int64_t channel = block % groups, chunk = block / groups;
   const int64_t inner = m.extent.inner, threads = thread_count();
   const Output<T> output = map.output();
   const int phase = phase_of(output.data);
@@ -144,7 +146,7 @@ BNEXT_DEVICE void map_planes(const Mapping& m, Map& map) {
       int64_t e[kMapVectors];
       BNEXT_UNROLL
       for (int u = 0; u < kMapVectors; ++u) {
-        e[u] = (walk.row * m.extent.channels + channel) * inner + int64_t{walk.vector} * kCount;
+        e[u] = (walk.row * m.extent.channels + channel) * inner + walk.vector * kCount;
         walk.backward();
       }
       map_batch<kMapVectors>(

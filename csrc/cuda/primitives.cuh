@@ -20,7 +20,6 @@
 #define BNEXT_KERNEL(threads, blocks) __global__ void __launch_bounds__(threads, blocks)
 #define BNEXT_PARAMETER __grid_constant__
 #define BNEXT_UNROLL _Pragma("unroll")
-#define BNEXT_UNROLL_4 _Pragma("unroll 4")
 #else
 #include <algorithm>
 #include <stdexcept>
@@ -30,7 +29,6 @@
 #define BNEXT_KERNEL(threads, blocks) inline void
 #define BNEXT_PARAMETER
 #define BNEXT_UNROLL
-#define BNEXT_UNROLL_4
 #endif
 
 namespace bnext::cuda {
@@ -69,32 +67,36 @@ BNEXT_DEVICE Vector16 load16(const void* p) {
 BNEXT_DEVICE void store16(void* p, const Vector16& v, Reuse reuse) {
   const uint4 u = make_uint4(v.word[0], v.word[1], v.word[2], v.word[3]);
   if (reuse == Reuse::yes) {
-    *static_cast<uint4*>(p) = u;
+    __stwb(static_cast<uint4*>(p), u);  // an assignment may be split into four
   } else {
     __stcs(static_cast<uint4*>(p), u);
   }
 }
 
 // What another block wrote: not from the cache of this multiprocessor.
-BNEXT_DEVICE double load_fresh(const double* p) { return __ldcg(p); }
+BNEXT_DEVICE Vector16 load16_fresh(const void* p) {
+  const uint4 v = __ldcg(static_cast<const uint4*>(p));
+  return {{v.x, v.y, v.z, v.w}};
+}
 
 template <class T>
 BNEXT_DEVICE void store(T* p, T value) {
   *p = value;
 }
 
-// Called by all threads of `expected` blocks: true in the block that comes last, which sees all that the
-// others wrote before. The counter is zero before the first and after the last.
+// Called by all threads of `expected` blocks: true in the block that comes last, which sees by load16_fresh
+// all that the others wrote before. The counter is zero before the first and after the last. Thread 0
+// releases and acquires for its block, between two barriers.
 BNEXT_DEVICE bool last_to_arrive(unsigned* counter, unsigned expected) {
   __shared__ bool last;
-  __threadfence();
   __syncthreads();
   if (threadIdx.x == 0) {
-    last = atomicAdd(counter, 1u) == expected - 1;
+    unsigned before;
+    asm volatile("atom.add.acq_rel.gpu.global.u32 %0, [%1], 1;" : "=r"(before) : "l"(counter) : "memory");
+    last = before == expected - 1;
     if (last) *counter = 0;
   }
   __syncthreads();
-  if (last) __threadfence();
   return last;
 }
 
@@ -125,7 +127,7 @@ Vector16 load16(const void* p) {
 }
 
 inline void store16(void* p, const Vector16& v, Reuse) { aligned_at<Vector16>(model::displaced(p)) = v; }
-inline double load_fresh(const double* p) { return aligned_at<double>(p); }
+inline Vector16 load16_fresh(const void* p) { return aligned_at<Vector16>(p); }
 
 template <class T>
 void store(T* p, T value) {

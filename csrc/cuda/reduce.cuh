@@ -38,10 +38,17 @@ BNEXT_DEVICE void total(const Reduction& r, int64_t first_channel, int channels,
     Sums sums;
     if (slice < slices) {
       const Sums* from = r.partial + first_channel + begin + channel;
-      BNEXT_UNROLL_4
-      for (int chunk = slice; chunk < chunks; chunk += slices) {
-        const Sums& part = from[chunk * r.extent.channels];
-        sums += {load_fresh(&part.first), load_fresh(&part.second)};
+      constexpr int kTogether = 8;  // loads under way at once: each takes as long as all of them
+      for (int chunk = slice; chunk < chunks; chunk += kTogether * slices) {
+        Vector16 part[kTogether];
+        BNEXT_UNROLL
+        for (int k = 0; k < kTogether; ++k) {
+          const int at = chunk + k * slices;
+          part[k] = at < chunks ? load16_fresh(from + at * r.extent.channels) : Vector16{};
+        }
+        BNEXT_UNROLL
+        for (int k = 0; k < kTogether; ++k)
+          sums += {element<double>(part[k], 0), element<double>(part[k], 1)};
       }
     }
     sync_block();
@@ -99,12 +106,14 @@ BNEXT_DEVICE void reduce_rows(const Reduction& r, Reducer& reducer) {
   using Math = typename Reducer::Math;
   constexpr int kCount = kLanes<T>, kVectors = Reducer::kVectors, kFew = 2;
   const Tiling& t = r.tiling;
-  const int64_t group = block_index() % t.groups, chunk = block_index() / t.groups;
+  const unsigned groups = static_cast<unsigned>(t.groups);
+  const int64_t group = block_index() % groups, chunk = block_index() / groups;
   const int64_t inner = r.extent.inner, first_channel = group * t.group_channels;
   const int channels = static_cast<int>(min_of(t.group_channels, r.extent.channels - first_channel));
   const int width = static_cast<int>(min_of(t.group_width, t.row_length - group * t.group_width));
   const int index = static_cast<int>(thread_index()), threads = static_cast<int>(thread_count());
-  const int column = index % t.vectors, height = t.height, row = index / t.vectors;
+  const int vectors = static_cast<int>(t.vectors);
+  const int column = index % vectors, height = t.height, row = index / vectors;
   const bool active = row < height;
   const int lanes = !active ? 0 : static_cast<int>(min_of<int64_t>(kCount, width - column * kCount));
 
@@ -142,6 +151,14 @@ BNEXT_DEVICE void reduce_rows(const Reduction& r, Reducer& reducer) {
       batch(Vectors<kVectors>{},
             [&](int i, int u) { return reducer.input(i).template load<Reuse::yes>(e + u * stride); });
     }
+    if (at < end) {
+      const int64_t e = at * t.row_length + base;
+      batch(Vectors<kVectors>{}, [&](int i, int u) {
+        return at + u * height < end ? reducer.input(i).template load<Reuse::yes>(e + u * stride)
+                                     : centers.fill();
+      });
+      while (at < end) at += height;
+    }
   }
   if (lanes > 0) {
     // The last row of the matrix may be short.
@@ -156,14 +173,14 @@ BNEXT_DEVICE void reduce_rows(const Reduction& r, Reducer& reducer) {
   }
 
   // Columns of a group lie lane by lane, [lane][vector].
-  const int columns = kCount * t.vectors;
+  const int columns = kCount * vectors;
   const int repeats = width / static_cast<int>(channels * inner);
   auto of_channel = [&](int k) {
     double a = 0, b = 0, c = 0, d = 0;  // in turn, so that additions do not wait for each other
     for (int repeat = 0; repeat < repeats; ++repeat) {
       for (int s = 0; s < inner; ++s) {
         const int at = (repeat * channels + k) * static_cast<int>(inner) + s;
-        const double next = a + memory[at % kCount * t.vectors + at / kCount];
+        const double next = a + memory[at % kCount * vectors + at / kCount];
         a = b;
         b = c;
         c = d;
@@ -177,7 +194,7 @@ BNEXT_DEVICE void reduce_rows(const Reduction& r, Reducer& reducer) {
     if (active) {
       BNEXT_UNROLL
       for (int lane = 0; lane < kCount; ++lane) {
-        memory[row * columns + lane * t.vectors + column] = which == 0 ? sums[lane].first : sums[lane].second;
+        memory[row * columns + lane * vectors + column] = which == 0 ? sums[lane].first : sums[lane].second;
       }
     }
     sum_rows(memory, columns, height);
@@ -185,6 +202,10 @@ BNEXT_DEVICE void reduce_rows(const Reduction& r, Reducer& reducer) {
       (which == 0 ? partial[k].first : partial[k].second) = of_channel(k);
     }
     sync_block();
+  }
+  if (t.chunks == 1) {  // each channel's sums by the thread that wrote them
+    for (int k = index; k < channels; k += threads) reducer.fold(first_channel + k, partial[k]);
+    return;
   }
   if (!last_to_arrive(r.counters + group, static_cast<unsigned>(t.chunks))) return;
   total(r, first_channel, channels, memory,
@@ -197,7 +218,8 @@ BNEXT_DEVICE void reduce_planes(const Reduction& r, Reducer& reducer) {
   using Math = typename Reducer::Math;
   constexpr int kCount = kLanes<T>, kVectors = Reducer::kVectors, kFew = 8 / kCount > 2 ? 8 / kCount : 2;
   const Tiling& t = r.tiling;
-  const int64_t channel = block_index() % t.groups, chunk = block_index() / t.groups;
+  const unsigned groups = static_cast<unsigned>(t.groups);
+  const int64_t channel = block_index() % groups, chunk = block_index() / groups;
   const int64_t inner = r.extent.inner, threads = thread_count();
   const int64_t begin = chunk * t.chunk, end = min_of(begin + t.chunk, t.rows * t.vectors);
 
@@ -223,7 +245,13 @@ BNEXT_DEVICE void reduce_planes(const Reduction& r, Reducer& reducer) {
   if (r.aligned) {
     while (at + (kVectors - 1) * threads < end) {
       batch(Vectors<kVectors>{}, [&](int i, int, int64_t run) {
-        return reducer.input(i).template load<Reuse::yes>(run + int64_t{walk.vector} * kCount);
+        return reducer.input(i).template load<Reuse::yes>(run + walk.vector * kCount);
+      });
+    }
+    if (at < end) {
+      batch(Vectors<kVectors>{}, [&](int i, int u, int64_t run) {
+        return at + u * threads < end ? reducer.input(i).template load<Reuse::yes>(run + walk.vector * kCount)
+                                      : centers.fill();
       });
     }
   }

@@ -14,14 +14,13 @@ BNEXT_DEVICE A min_of(A a, A b) {
 
 // A place among rows of `vectors` vectors each, and how far one step goes.
 struct Walk {
-  int64_t row, row_step;
-  int vector, vector_step, vectors;
+  int64_t row, row_step, vector, vector_step, vectors;
 
-  BNEXT_DEVICE Walk(int64_t at, int64_t step, int row_vectors)
+  BNEXT_DEVICE Walk(int64_t at, int64_t step, int64_t row_vectors)
       : row(at / row_vectors),
         row_step(step / row_vectors),
-        vector(static_cast<int>(at % row_vectors)),
-        vector_step(static_cast<int>(step % row_vectors)),
+        vector(at % row_vectors),
+        vector_step(step % row_vectors),
         vectors(row_vectors) {}
 
   BNEXT_DEVICE void forward() {
@@ -51,9 +50,9 @@ struct Span {
 };
 
 template <int kCount>
-BNEXT_DEVICE Span span_of(int64_t run, int64_t length, int vector, int phase) {
+BNEXT_DEVICE Span span_of(int64_t run, int64_t length, int64_t vector, int phase) {
   const int before = static_cast<int>((run + phase) % kCount);
-  const int64_t first = int64_t{vector} * kCount - before;
+  const int64_t first = vector * kCount - before;
   return {run + first, vector == 0 ? before : 0, static_cast<int>(min_of<int64_t>(kCount, length - first))};
 }
 

@@ -114,7 +114,7 @@ void write(std::ostream& out, Buffer* buffer) {
 template <class Args, class Run>
 void with_workspace(const Args& args, const cuda::Plan& plan, Run run) {
   Buffer scratch(static_cast<size_t>(plan.scratch_bytes));
-  std::vector<unsigned> counters(static_cast<size_t>(plan.reduces ? plan.reduce.groups : 0), 0u);
+  std::vector<unsigned> counters(static_cast<size_t>(plan.counters()), 0u);
   run(args, plan, cuda::Workspace{nullptr, scratch.data(), counters.data()});
   scratch.require_guards();
   for (const unsigned counter : counters) {
