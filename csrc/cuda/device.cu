@@ -26,7 +26,7 @@ Device read_device(int index) {
   return device;
 }
 
-__device__ unsigned all_counters[kCounters];
+BNEXT_DEVICE_MEMORY unsigned all_counters[kCounters];
 
 }  // namespace
 

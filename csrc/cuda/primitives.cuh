@@ -17,6 +17,7 @@
 #include <stdexcept>
 #include <string>
 #define BNEXT_DEVICE __device__ __forceinline__
+#define BNEXT_DEVICE_MEMORY __device__
 #define BNEXT_KERNEL(threads, blocks) __global__ void __launch_bounds__(threads, blocks)
 #define BNEXT_PARAMETER __grid_constant__
 #define BNEXT_UNROLL _Pragma("unroll")
