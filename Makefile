@@ -3,6 +3,7 @@
 #   make demo    the examples: our layer beside torch's        make lint     format check, ruff, mypy
 #   make test    the test suite (ARGS="-k word" and the like)  make format   formats C++ and Python
 #   make bench   measurements (ARGS=...)                       make clean    removes what was built
+#   make kernels compiles every CUDA kernel for every architecture and reads the compiler's report (no GPU needed)
 #   make gpu     on a machine with an NVIDIA GPU, ten minutes: builds in place for that GPU, tests, sanitizer and
 #                benchmark on it, results in benchmarks/results. Uses PYTHON as it is and installs nothing; needs nvcc,
 #                a CUDA build of torch 2.11 or newer, pytest and NumPy. ARGS="--only smoke bench" runs a part.
@@ -13,12 +14,12 @@ VENV := .venv
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check --quiet
 SOURCES := setup.py pyproject.toml $(shell find build_backend csrc -not -name '__pycache__' -not -name '*.pyc')
-CXX_FILES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inc' -o -name '*.cu' -o -name '*.cuh')
+CXX_FILES := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.inc' -o -name '*.cu' -o -name '*.cuh')
 ENVIRONMENT := $(VENV)/.environment
 BUILT := $(VENV)/.built
 TOOLS := $(VENV)/.tools
 
-.PHONY: demo test lint format bench gpu clean
+.PHONY: demo test lint format bench kernels gpu clean
 
 demo: $(BUILT)
 	$(PY) examples/notebook.py
@@ -46,6 +47,9 @@ gpu:
 	  echo "building bnext for compute capability $$TORCH_CUDA_ARCH_LIST" && \
 	  BNEXT_CUDA=1 $(PYTHON) setup.py --quiet build_ext --inplace && \
 	  $(PYTHON) -m benchmarks.gpu $(ARGS)
+
+kernels: $(TOOLS)
+	$(PY) -m benchmarks.kernels $(ARGS)
 
 clean:
 	rm -rf build dist *.egg-info bnext/_C*.so bnext/_build_info.py .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -1,7 +1,6 @@
 """Compiles csrc/ into bnext._C against the installed torch. All that is not compilation is in pyproject.toml."""
 
 import os
-import shutil
 import sys
 import sysconfig
 from pathlib import Path
@@ -9,6 +8,10 @@ from pathlib import Path
 import torch
 from setuptools import setup
 from torch.utils.cpp_extension import BuildExtension, CppExtension
+
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+
+from build_backend import nvcc
 
 COMPILE = [
     "-O3",
@@ -27,12 +30,11 @@ LINK = ["-fopenmp"]
 def cuda_decision() -> tuple[bool, str]:
     """Whether the CUDA kernels are built, and why: if there is an nvcc (a GPU is not asked), or as BNEXT_CUDA says."""
     wish = os.environ.get("BNEXT_CUDA", "")
-    toolkit = os.path.join(os.environ.get("CUDA_HOME", ""), "bin")
     if not Path("csrc/cuda").is_dir():
         build, reason = False, "this version has no CUDA kernels"
     elif wish == "0":
         build, reason = False, "switched off by BNEXT_CUDA=0"
-    elif shutil.which("nvcc", path=toolkit) or shutil.which("nvcc"):
+    elif nvcc.find():
         build, reason = True, "nvcc was found"
     else:
         build, reason = False, "nvcc is neither under CUDA_HOME nor on PATH"
@@ -50,6 +52,14 @@ class BuildAndRecord(BuildExtension):
         tag = f"{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
         self.build_temp = os.path.join("build", f"objects.{tag}")
 
+    def build_extensions(self) -> None:
+        if toolkit:
+            objects = toolkit.compile(Path(self.build_temp, "csrc", "cuda"))
+            for extension in self.extensions:
+                extension.extra_objects += objects
+                extension.depends += objects
+        super().build_extensions()
+
     def run(self) -> None:
         super().run()
         package = Path(self.get_ext_fullpath("bnext._C")).parent  # the wheel's, or if editable the sources'
@@ -58,7 +68,10 @@ class BuildAndRecord(BuildExtension):
 
 
 cuda, cuda_reason = cuda_decision()
-print(f"bnext: torch {torch.__version__}, CUDA kernels: {'yes' if cuda else 'no'}, {cuda_reason}")
+toolkit = nvcc.toolkit() if cuda else None
+decided = f"yes, {cuda_reason}, for {' '.join(toolkit.architectures)}" if toolkit else f"no, {cuda_reason}"
+print(f"bnext: torch {torch.__version__}, CUDA kernels: {decided}")
+torch_cuda = cuda and torch.version.cuda is not None  # otherwise torch's headers for CUDA are incomplete
 
 setup(
     install_requires=[f"torch=={torch.__version__.split('+')[0]}", "numpy"],
@@ -66,13 +79,16 @@ setup(
         CppExtension(
             "bnext._C",
             sources=sorted(str(path) for path in Path("csrc").rglob("*.cpp")),
-            include_dirs=[str(Path("csrc").resolve())],
+            include_dirs=[str(Path("csrc").resolve()), *(toolkit.include if toolkit else [])],
             define_macros=[  # the first makes ninja compile again for another torch: another command line
                 ("BNEXT_TORCH_VERSION", f'"{torch.__version__}"'),
                 ("BNEXT_CUDA_REASON", f'"{cuda_reason}"'),
+                *[("BNEXT_CUDA", "1")] * cuda,
+                *[("BNEXT_TORCH_CUDA", "1")] * torch_cuda,
             ],
             extra_compile_args=COMPILE,
-            extra_link_args=LINK,
+            extra_link_args=[*LINK, *(toolkit.link if toolkit else [])],
+            libraries=["c10_cuda"] * torch_cuda,
         )
     ],
     cmdclass={"build_ext": BuildAndRecord},
