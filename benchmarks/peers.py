@@ -1,7 +1,7 @@
 """The implementations, each called at its best. A new one is a function and a row of IMPLEMENTATIONS.
 
-bnext            our module
-eager            torch.nn.BatchNorm*
+bnext            our module, with the activation of a variant that has one
+eager            torch.nn.BatchNorm*, and torch's activation after it
 compile          the same under torch.compile, for the one shape, nothing recompiled while the clock runs
 onednn           nn.BatchNorm2d on mkldnn tensors. torch's binding trains in four dimensions only, so any rank
                  is viewed as (N, C, ., .), and channels_last as (N*H*W, C, 1, 1): the same memory, and
@@ -20,6 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.shapes import Case
+
+ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU}  # those of shapes.VARIANTS, as layers of torch
 
 
 class Unsupported(Exception):
@@ -76,7 +78,10 @@ def eager_module(case: Case, rank: int | None = None, dtype: torch.dtype | None 
     """torch's layer for the case; `rank` and `dtype` stand in for the tensor's and the parameters' own."""
     layers = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
     layer = layers[rank or len(case.shape)]
-    return _fill(layer(case.shape[1], dtype=dtype or case.parameter_dtype), case)
+    module: nn.Module = layer(case.shape[1], dtype=dtype or case.parameter_dtype)
+    if case.activation is not None:
+        module = nn.Sequential(module, ACTIVATIONS[case.activation]())
+    return _fill(module, case)
 
 
 def _bnext(case: Case, x: Tensor, dy: Tensor) -> Subject:
@@ -85,8 +90,8 @@ def _bnext(case: Case, x: Tensor, dy: Tensor) -> Subject:
     except ImportError as error:
         raise Unsupported(str(error)) from error
     layers = {2: bnext.BatchNorm1d, 3: bnext.BatchNorm1d, 4: bnext.BatchNorm2d, 5: bnext.BatchNorm3d}
-    module = _fill(layers[len(case.shape)](case.shape[1], dtype=case.parameter_dtype), case)
-    module.to(x.device)
+    layer = layers[len(case.shape)](case.shape[1], dtype=case.parameter_dtype, activation=case.activation)
+    module = _fill(layer, case).to(x.device)
     return Subject("bnext", module, x, dy, module)
 
 
@@ -139,6 +144,8 @@ def _onednn_blocked(case: Case, x: Tensor, dy: Tensor) -> Subject:
 
 
 def _require_onednn(case: Case) -> None:
+    if case.activation is not None:
+        raise Unsupported("plain batch norm only")
     if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         raise Unsupported("torch was built without oneDNN")
     if case.dtype not in ("float32", "bfloat16"):

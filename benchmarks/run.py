@@ -48,9 +48,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--dtype", nargs="+", choices=shapes.DTYPES, default=["float32"])
     add("--layout", nargs="+", choices=shapes.LAYOUTS, default=list(shapes.LAYOUTS))
-    add(
-        "--variant", nargs="+", choices=shapes.VARIANTS, default=list(shapes.VARIANTS), help="the layer timed"
-    )
+    add("--variant", nargs="+", choices=shapes.VARIANTS, default=["bn"], help="the layer timed (default: bn)")
     add(
         "--implementation",
         nargs="+",

@@ -87,7 +87,8 @@ TENSORS_MOVED = {"forward": 2, "backward": 3, "step": 5, "eval": 2}
 OPERATIONS = tuple(TENSORS_MOVED)
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 LAYOUTS = ("contiguous", "channels_last")
-VARIANTS = ("bn",)  # the layer timed: plain batch norm; fused layers join here and in peers.py
+# The layer timed, and the activation that follows the batch norm or is fused into it: the bytes are the same.
+VARIANTS: dict[str, str | None] = {"bn": None, "bn_relu": "relu"}
 
 
 @dataclass(frozen=True)
@@ -107,6 +108,10 @@ class Case:
         dtype = getattr(torch, self.dtype)
         assert isinstance(dtype, torch.dtype)
         return dtype
+
+    @property
+    def activation(self) -> str | None:
+        return VARIANTS[self.variant]
 
     @property
     def parameter_dtype(self) -> torch.dtype:

@@ -2,7 +2,7 @@
 
 - BatchNorm1d, BatchNorm2d, BatchNorm3d: drop-in replacements of torch.nn's
 - functional.batch_norm: the function behind them
-- reference: the same in NumPy and float64, the specification
+- reference, reference_activations: the same in NumPy and float64, the specification
 - memory: what the blocks of large outputs keep, and how to limit it
 - plan, build_info: which schedule a call takes, how the extension was built
 - CudaDevice: a GPU described, for plans without one
@@ -12,7 +12,7 @@ from ._build_check import require_build
 
 require_build()
 
-from . import functional, memory, reference
+from . import functional, memory, reference, reference_activations
 from ._C import CudaDevice, build_info
 from .modules import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from .planning import plan
@@ -30,4 +30,5 @@ __all__ = [
     "memory",
     "plan",
     "reference",
+    "reference_activations",
 ]

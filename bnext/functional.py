@@ -7,7 +7,25 @@ from torch import Tensor
 
 from . import _C
 
-__all__ = ["batch_norm"]
+__all__ = ["ACTIVATIONS", "batch_norm", "check_activation"]
+
+ACTIVATIONS = ("relu", "leaky_relu", "relu6", "silu", "gelu", "elu", "hardswish", "sigmoid", "tanh")
+WITH_PARAMETER = ("leaky_relu", "elu")
+
+
+def check_activation(activation: str | None, activation_param: float | None) -> None:
+    """What the operator checks too, for who wants to know before there is an input.
+
+    Raises:
+        ValueError: not one of ACTIVATIONS or None; a parameter for one that has none.
+    """
+    if activation is not None and activation not in ACTIVATIONS:
+        raise ValueError(f"expected activation one of {', '.join(ACTIVATIONS)} or None, but got {activation}")
+    if activation_param is not None and activation not in WITH_PARAMETER:
+        raise ValueError(
+            f"expected activation_param with {' or '.join(WITH_PARAMETER)} only, "
+            f"but got {float(activation_param)} with {activation}"
+        )
 
 
 def batch_norm(
@@ -22,14 +40,21 @@ def batch_norm(
     *,
     unbiased_running_var: bool = True,
     num_batches_tracked: Tensor | None = None,
+    activation: str | None = None,
+    activation_param: float | None = None,
     _ndims: Sequence[int] = (),
 ) -> Tensor:
-    r"""Batch normalization over every dimension but 1, as :func:`torch.nn.functional.batch_norm`.
+    r"""Batch normalization over every dimension but 1, as :func:`torch.nn.functional.batch_norm`, and an activation.
 
-    .. math:: y = (x - \mathrm{mean}) / \sqrt{\mathrm{var} + \mathrm{eps}} \cdot \mathrm{weight} + \mathrm{bias}
+    .. math::
+        z = (x - \mathrm{mean}) / \sqrt{\mathrm{var} + \mathrm{eps}} \cdot \mathrm{weight} + \mathrm{bias},
+        \qquad y = \mathrm{activation}(z)
+
+    z is neither rounded to the input's dtype nor kept: backward computes it again from the input.
 
     Statistics and their fold are float64 for float32 and float64 input; 16-bit input is summed in float32 over a few
-    dozen elements, then in float64 (Ioffe & Szegedy, "Batch Normalization", 2015, algorithms 1 and 2).
+    dozen elements, then in float64, and with an activation so are the gradients' sums of float32 (Ioffe & Szegedy,
+    "Batch Normalization", 2015, algorithms 1 and 2).
 
     Args:
         input: (N, C, ...) of float32, float64, bfloat16 or float16. Contiguous, channels_last and channels_last_3d
@@ -45,12 +70,15 @@ def batch_norm(
         unbiased_running_var: the running variance takes ``var * n / (n - 1)`` as in torch; False takes the biased
             variance as Flax and Keras do.
         num_batches_tracked: int64 scalar or None, incremented in training by the same operator.
+        activation: one of :data:`ACTIVATIONS`, by its name in torch.nn.functional, or None. gelu is the erf form.
+        activation_param: negative slope of leaky_relu (None: 0.01), alpha of elu (None: 1.0).
 
     Returns:
         (N, C, ...) of the input's dtype.
 
     Raises:
-        ValueError: fewer than two dimensions, no channel, one value per channel in training, bad eps.
+        ValueError: fewer than two dimensions, no channel, one value per channel in training, bad eps, an unknown
+            activation, a parameter for one that has none.
         RuntimeError: a vector of another length, dtype or device; no running statistics in inference.
         NotImplementedError: an input that is not floating point.
     """
@@ -66,6 +94,8 @@ def batch_norm(
         eps,
         unbiased_running_var,
         _ndims,
+        activation,
+        activation_param,
     )
     # The same operator: 4 microseconds for a small batch, 10 by torch.ops, to which it leaves what only that can read.
     output = None if torch.compiler.is_compiling() else _C.batch_norm(*arguments)

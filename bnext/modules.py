@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from .functional import batch_norm
+from .functional import batch_norm, check_activation
 
 __all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d"]
 
@@ -35,20 +35,32 @@ class _FusedBatchNorm(nn.modules.batchnorm._BatchNorm):
         *,
         bias: bool = True,
         unbiased_running_var: bool = True,
+        activation: str | None = None,
+        activation_param: float | None = None,
     ) -> None:
+        check_activation(activation, activation_param)
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype)
         if not bias:
             self.register_parameter("bias", None)
         self.unbiased_running_var = unbiased_running_var
+        self.activation = activation
+        self.activation_param = activation_param
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        state.setdefault("unbiased_running_var", True)  # a pickle of torch's class
+        # A pickle of torch's class, or of ours from before there were activations.
+        state = {"unbiased_running_var": True, "activation": None, "activation_param": None} | state
         super().__setstate__(state)
 
     def extra_repr(self) -> str:
-        """Torch's line, and the convention of the running variance where it is not torch's."""
+        """Torch's line, and what is ours where it is set."""
         line = str(super().extra_repr())
-        return line if self.unbiased_running_var else f"{line}, unbiased_running_var=False"
+        if not self.unbiased_running_var:
+            line += ", unbiased_running_var=False"
+        if self.activation is not None:
+            line += f", activation={self.activation}"
+        if self.activation_param is not None:
+            line += f", activation_param={self.activation_param}"
+        return line
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalises input (N, C, ...); see :func:`bnext.functional.batch_norm`."""
@@ -66,6 +78,8 @@ class _FusedBatchNorm(nn.modules.batchnorm._BatchNorm):
             self.eps,
             unbiased_running_var=self.unbiased_running_var,
             num_batches_tracked=counter if tracking else None,
+            activation=self.activation,
+            activation_param=self.activation_param,
             _ndims=self._ndims,
         )
 
@@ -88,8 +102,10 @@ class _FusedBatchNorm(nn.modules.batchnorm._BatchNorm):
 class BatchNorm1d(_FusedBatchNorm, nn.BatchNorm1d):
     """Batch normalization of (N, C) or (N, C, L) input.
 
-    :class:`torch.nn.BatchNorm1d` with the same arguments, state and errors, and the keyword ``unbiased_running_var``
-    (False: the running variance takes the biased batch variance, as Flax and Keras do).
+    :class:`torch.nn.BatchNorm1d` with the same arguments, state and errors, and the keywords ``unbiased_running_var``
+    (False: the running variance takes the biased batch variance, as Flax and Keras do), ``activation`` and
+    ``activation_param`` (the layer gives ``activation(batch_norm(x))``; see :func:`bnext.functional.batch_norm`).
+    The constructor raises ValueError for an activation that is not known.
     """
 
     _ndims = (2, 3)

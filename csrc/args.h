@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "activation.h"
 #include "storage.h"
 
 namespace bnext {
@@ -27,6 +28,14 @@ struct ChannelVector {
   constexpr explicit operator bool() const { return data != nullptr; }
 };
 
+// y = act(z), and what it takes besides z.
+struct ActivationSpec {
+  Activation kind = Activation::none;
+  double param = 0;
+
+  constexpr explicit operator bool() const { return kind != Activation::none; }
+};
+
 struct ForwardArgs {
   Extent extent;
   Dtype dtype = Dtype::float32;
@@ -41,6 +50,7 @@ struct ForwardArgs {
   bool cumulative = false;  // momentum = 1 / num_batches_tracked instead
   bool batch_statistics = false;
   bool unbiased_running_var = true;
+  ActivationSpec activation;
 };
 
 struct BackwardArgs {
@@ -49,12 +59,13 @@ struct BackwardArgs {
   const void* x = nullptr;
   const void* dy = nullptr;
   void* dx = nullptr;
-  ChannelVector weight;
+  ChannelVector weight, bias;  // bias: with an activation, whose input is computed again
   const double* mean = nullptr;
   const double* invstd = nullptr;
   void* dweight = nullptr;  // opmath of dtype
   void* dbias = nullptr;    // opmath of dtype
   bool batch_statistics = false;
+  ActivationSpec activation;
 };
 
 }  // namespace bnext

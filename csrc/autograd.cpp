@@ -48,6 +48,18 @@ struct Likeness {
   }
 };
 
+// An activation that outlives the call.
+struct SavedActivation {
+  ActivationSpec spec;
+  ActivationName name;  // of the table in activation.h
+  std::optional<double> param;
+
+  SavedActivation(ActivationName given, std::optional<double> given_param)
+      : spec(require_activation(given, given_param)), param(given_param) {
+    if (spec) name = activation_name(spec.kind);
+  }
+};
+
 // A copy of the weight that stands in the graph where the weight does: loading a state between forward and
 // backward must not disturb backward.
 at::Tensor copy_for_backward(const OptionalTensor& weight) {
@@ -66,23 +78,27 @@ at::Tensor copy_for_backward(const OptionalTensor& weight) {
 // From y to x, weight and bias: written out as torch's own nodes are, because torch::autograd::Function takes
 // longer than a small batch does.
 struct BatchNormNode : torch::autograd::Node {
-  SavedVariable x, weight, stats;
+  SavedVariable x, weight, bias, stats;  // the bias with an activation only
   Likeness weight_like, bias_like;
   bool training;
+  SavedActivation activation;
 
-  BatchNormNode(const Variable& x, const OptionalTensor& weight, const OptionalTensor& bias, bool training)
+  BatchNormNode(const Variable& x, const OptionalTensor& weight, const OptionalTensor& bias, bool training,
+                const SavedActivation& activation)
       : Node(torch::autograd::collect_next_edges(x, weight, bias)),
         x(x, /*is_output=*/false),
         weight(copy_for_backward(weight), /*is_output=*/false),
+        bias(activation.spec ? copy_for_backward(bias) : at::Tensor(), /*is_output=*/false),
         weight_like(weight),
         bias_like(bias),
-        training(training) {}
+        training(training),
+        activation(activation) {}
 
   std::string name() const override { return "bnext::BatchNormBackward"; }
 
   void release_variables() override {
     std::lock_guard<std::mutex> lock(mutex_);
-    for (SavedVariable* saved : {&x, &weight, &stats}) saved->reset_data();
+    for (SavedVariable* saved : {&x, &weight, &bias, &stats}) saved->reset_data();
   }
 
   variable_list apply(variable_list&& grads) override {
@@ -91,8 +107,9 @@ struct BatchNormNode : torch::autograd::Node {
     if (!grads[0].defined()) return result;
     const std::array<bool, 3> wanted{task_should_compute_output(0), task_should_compute_output(1),
                                      task_should_compute_output(2)};
-    auto [dx, dweight, dbias] = backward_operator().call(grads[0], x.unpack(), optional(weight.unpack()),
-                                                         stats.unpack(), training, wanted);
+    auto [dx, dweight, dbias] =
+        backward_operator().call(grads[0], x.unpack(), optional(weight.unpack()), optional(bias.unpack()),
+                                 stats.unpack(), training, activation.name, activation.param, wanted);
     if (wanted[0]) result[0] = std::move(dx);
     if (wanted[1]) result[1] = weight_like.of(std::move(dweight));
     if (wanted[2]) result[2] = bias_like.of(std::move(dbias));
@@ -100,32 +117,37 @@ struct BatchNormNode : torch::autograd::Node {
   }
 };
 
-// From dx, dweight and dbias to dy, x and weight.
+// From dx, dweight and dbias to dy, x, weight and bias.
 struct BatchNormBackwardNode : torch::autograd::Node {
-  SavedVariable dy, x, weight, stats;
+  SavedVariable dy, x, weight, bias, stats;
   bool training;
+  SavedActivation activation;
 
   BatchNormBackwardNode(const Variable& dy, const Variable& x, const OptionalTensor& weight,
-                        const Variable& stats, bool training)
-      : Node(torch::autograd::collect_next_edges(dy, x, weight)),
+                        const OptionalTensor& bias, const Variable& stats, bool training,
+                        const SavedActivation& activation)
+      : Node(torch::autograd::collect_next_edges(dy, x, weight, bias)),
         dy(dy, /*is_output=*/false),
         x(x, /*is_output=*/false),
-        weight(weight, /*is_output=*/false),
+        weight(weight.value_or(at::Tensor()), /*is_output=*/false),
+        bias(bias.value_or(at::Tensor()), /*is_output=*/false),
         stats(stats, /*is_output=*/false),
-        training(training) {}
+        training(training),
+        activation(activation) {}
 
   std::string name() const override { return "bnext::BatchNormBackwardBackward"; }
 
   void release_variables() override {
     std::lock_guard<std::mutex> lock(mutex_);
-    for (SavedVariable* saved : {&dy, &x, &weight, &stats}) saved->reset_data();
+    for (SavedVariable* saved : {&dy, &x, &weight, &bias, &stats}) saved->reset_data();
   }
 
   variable_list apply(variable_list&& grads) override {
     std::lock_guard<std::mutex> lock(mutex_);
-    auto [to_dy, to_x, to_weight] = double_backward({grads[0], grads[1], grads[2]}, dy.unpack(), x.unpack(),
-                                                    weight.unpack(), stats.unpack(), training);
-    return {std::move(to_dy), std::move(to_x), std::move(to_weight)};
+    auto [to_dy, to_x, to_weight, to_bias] =
+        double_backward({grads[0], grads[1], grads[2]}, dy.unpack(), x.unpack(), weight.unpack(),
+                        bias.unpack(), stats.unpack(), training, activation.spec);
+    return {std::move(to_dy), std::move(to_x), std::move(to_weight), std::move(to_bias)};
   }
 };
 
@@ -136,7 +158,8 @@ ForwardResult batch_norm_autograd(const at::Tensor& x, const OptionalTensor& wei
                                   const OptionalTensor& running_var,
                                   const OptionalTensor& num_batches_tracked, bool training,
                                   std::optional<double> momentum, double eps, bool unbiased_running_var,
-                                  at::IntArrayRef ndims) {
+                                  at::IntArrayRef ndims, ActivationName activation,
+                                  std::optional<double> activation_param) {
   TORCH_CHECK(x.defined(), "expected input to be a tensor, but got None");
   for (const auto& [name, t] : {std::pair<const char*, const OptionalTensor&>("running_mean", running_mean),
                                 std::pair<const char*, const OptionalTensor&>("running_var", running_var)}) {
@@ -145,13 +168,15 @@ ForwardResult batch_norm_autograd(const at::Tensor& x, const OptionalTensor& wei
   refuse_forward_mode(x, weight, bias);
   c10::intrusive_ptr<BatchNormNode> node;
   if (at::GradMode::is_enabled() && (x.requires_grad() || requires_grad(weight) || requires_grad(bias))) {
-    node = c10::make_intrusive<BatchNormNode>(x, weight, bias, training);
+    node = c10::make_intrusive<BatchNormNode>(x, weight, bias, training,
+                                              SavedActivation(activation, activation_param));
   }
   ForwardResult result;
   {
     at::AutoDispatchBelowADInplaceOrView below;
-    result = forward_operator().call(x, weight, bias, running_mean, running_var, num_batches_tracked,
-                                     training, momentum, eps, unbiased_running_var, ndims);
+    result =
+        forward_operator().call(x, weight, bias, running_mean, running_var, num_batches_tracked, training,
+                                momentum, eps, unbiased_running_var, ndims, activation, activation_param);
   }
   if (node) {
     const auto& [y, stats] = result;
@@ -167,17 +192,22 @@ ForwardResult batch_norm_autograd(const at::Tensor& x, const OptionalTensor& wei
 }
 
 BackwardResult batch_norm_backward_autograd(const at::Tensor& dy, const at::Tensor& x,
-                                            const OptionalTensor& weight, const at::Tensor& stats,
-                                            bool training, std::array<bool, 3> output_mask) {
-  refuse_forward_mode(dy, x, weight);
+                                            const OptionalTensor& weight, const OptionalTensor& bias,
+                                            const at::Tensor& stats, bool training, ActivationName activation,
+                                            std::optional<double> activation_param,
+                                            std::array<bool, 3> output_mask) {
+  refuse_forward_mode(dy, x, weight, bias);
   c10::intrusive_ptr<BatchNormBackwardNode> node;
-  if (at::GradMode::is_enabled() && (dy.requires_grad() || x.requires_grad() || requires_grad(weight))) {
-    node = c10::make_intrusive<BatchNormBackwardNode>(dy, x, weight, stats, training);
+  if (at::GradMode::is_enabled() &&
+      (dy.requires_grad() || x.requires_grad() || requires_grad(weight) || requires_grad(bias))) {
+    node = c10::make_intrusive<BatchNormBackwardNode>(dy, x, weight, bias, stats, training,
+                                                      SavedActivation(activation, activation_param));
   }
   BackwardResult result;
   {
     at::AutoDispatchBelowADInplaceOrView below;
-    result = backward_operator().call(dy, x, weight, stats, training, output_mask);
+    result = backward_operator().call(dy, x, weight, bias, stats, training, activation, activation_param,
+                                      output_mask);
   }
   if (node) {
     std::apply([&](const auto&... outputs) { (torch::autograd::set_history(outputs, node), ...); }, result);

@@ -6,10 +6,13 @@
 
 #include <ATen/core/Tensor.h>
 #include <c10/core/SymInt.h>
+#include <c10/util/string_view.h>
 
 #include <charconv>
 #include <optional>
 #include <string>
+
+#include "args.h"
 
 namespace bnext {
 
@@ -100,6 +103,24 @@ struct ParameterDtype {
                 c10::toString(dtype), ", but got ", c10::toString(got));
   }
 };
+
+inline ActivationSpec require_activation(std::optional<c10::string_view> name, std::optional<double> param) {
+  ActivationSpec spec;
+  if (name.has_value()) {
+    const int found = find_activation(std::string(*name).c_str());
+    std::string known;
+    for (int k = 1; k < kActivationCount; ++k)
+      known += (k > 1 ? ", " : "") + std::string(kActivations[k].name);
+    TORCH_CHECK_VALUE(found > 0, "expected activation one of ", known, " or None, but got ", *name);
+    spec.kind = static_cast<Activation>(found);
+  }
+  const ActivationEntry& entry = activation_entry(spec.kind);
+  TORCH_CHECK_VALUE(!param.has_value() || entry.takes_parameter,
+                    "expected activation_param with leaky_relu or elu only, but got ",
+                    python_repr(param.value_or(0)), " with ", spec ? entry.name : "None");
+  spec.param = param.value_or(entry.parameter);
+  return spec;
+}
 
 inline bool present(const std::optional<at::Tensor>& t) { return t.has_value() && t->defined(); }
 

@@ -38,6 +38,19 @@ bool read(PyObject* object, std::optional<double>& value) {
   return Py_IsNone(object) || read(object, value.emplace());
 }
 
+bool read(PyObject* object, ActivationName& name) {
+  if (Py_IsNone(object)) return true;
+  if (!PyUnicode_CheckExact(object)) return false;
+  Py_ssize_t size = 0;
+  const char* const text = PyUnicode_AsUTF8AndSize(object, &size);  // as long as the object lives
+  if (text == nullptr) {
+    PyErr_Clear();
+    return false;
+  }
+  name.emplace(text, static_cast<size_t>(size));
+  return true;
+}
+
 bool read(PyObject* object, c10::SmallVector<int64_t, 4>& values) {
   if (!PyTuple_CheckExact(object)) return false;
   for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(object); ++i) {
@@ -60,18 +73,22 @@ PyObject* batch_norm_direct(PyObject*, PyObject* const* args, Py_ssize_t count) 
   std::optional<double> momentum;
   double eps = 0;
   c10::SmallVector<int64_t, 4> ndims;
-  const bool direct = count == 11 && read(args[0], x) && read(args[1], weight) && read(args[2], bias) &&
+  ActivationName activation;
+  std::optional<double> activation_param;
+  const bool direct = count == 13 && read(args[0], x) && read(args[1], weight) && read(args[2], bias) &&
                       read(args[3], running_mean) && read(args[4], running_var) &&
                       read(args[5], num_batches_tracked) && read(args[6], training) &&
                       read(args[7], momentum) && read(args[8], eps) && read(args[9], unbiased_running_var) &&
-                      read(args[10], ndims) && !at::impl::torch_function_mode_enabled() &&
+                      read(args[10], ndims) && read(args[11], activation) &&
+                      read(args[12], activation_param) && !at::impl::torch_function_mode_enabled() &&
                       !torch::jit::tracer::isTracing();
   if (!direct) Py_RETURN_NONE;
   at::Tensor y;
   {
     pybind11::gil_scoped_release no_gil;
     y = std::get<0>(forward_operator().call(x, weight, bias, running_mean, running_var, num_batches_tracked,
-                                            training, momentum, eps, unbiased_running_var, ndims));
+                                            training, momentum, eps, unbiased_running_var, ndims, activation,
+                                            activation_param));
   }
   return THPVariable_Wrap(std::move(y));
   END_HANDLE_TH_ERRORS

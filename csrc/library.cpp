@@ -22,18 +22,19 @@
 TORCH_LIBRARY(bnext, m) {
   // Batch normalization of x over all dimensions but 1. stats (2, C), float64: the mean and 1/sqrt(var + eps)
   // that y was normalised with. training: batch statistics, running ones are updated if given; momentum None:
-  // cumulative average over num_batches_tracked. ndims: the ranks allowed, any from 2 if empty.
+  // cumulative average over num_batches_tracked. ndims: the ranks allowed, any from 2 if empty. activation:
+  // of the result, by its name in activation.h.
   m.def(
       "batch_norm(Tensor x, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, Tensor(b!)? running_var, "
       "Tensor(c!)? num_batches_tracked, bool training, float? momentum, float eps, bool "
       "unbiased_running_var, "
-      "int[] ndims) -> (Tensor y, Tensor stats)",
+      "int[] ndims, str? activation, float? activation_param) -> (Tensor y, Tensor stats)",
       {at::Tag::pt2_compliant_tag});
-  // Its gradients, from the stats it returned. dweight and dbias are float32 (float64 for float64 x); those
-  // not in output_mask are empty.
+  // Its gradients, from the stats it returned; the activation's input is computed again from x. dweight and
+  // dbias are float32 (float64 for float64 x); those not in output_mask are empty.
   m.def(
-      "batch_norm_backward(Tensor dy, Tensor x, Tensor? weight, Tensor stats, bool training, bool[3] "
-      "output_mask) "
+      "batch_norm_backward(Tensor dy, Tensor x, Tensor? weight, Tensor? bias, Tensor stats, bool training, "
+      "str? activation, float? activation_param, bool[3] output_mask) "
       "-> (Tensor dx, Tensor dweight, Tensor dbias)",
       {at::Tag::pt2_compliant_tag});
 }

@@ -103,11 +103,15 @@ void check_forward(const at::Tensor& x, const OptionalTensor& weight, const Opti
 }
 
 void check_backward(const at::Tensor& dy, const at::Tensor& x, const OptionalTensor& weight,
-                    const at::Tensor& stats) {
+                    const OptionalTensor& bias, const at::Tensor& stats) {
   require_input(x, {});
   require_gradient(dy, x);
-  require_channel_vector("weight", weight, x);
-  ParameterDtype{x}.require("weight", weight);
+  ParameterDtype dtypes{x};
+  for (const auto& [name, vector] : {std::pair<const char*, const OptionalTensor&>("weight", weight),
+                                     std::pair<const char*, const OptionalTensor&>("bias", bias)}) {
+    require_channel_vector(name, vector, x);
+    dtypes.require(name, vector);
+  }
   require_statistics(stats, x);
 }
 
@@ -121,7 +125,9 @@ ForwardResult batch_norm_dense(const at::Tensor& x, const OptionalTensor& weight
                                const OptionalTensor& running_mean, const OptionalTensor& running_var,
                                const OptionalTensor& num_batches_tracked, bool training,
                                std::optional<double> momentum, double eps, bool unbiased_running_var,
-                               at::IntArrayRef ndims) {
+                               at::IntArrayRef ndims, ActivationName activation,
+                               std::optional<double> activation_param) {
+  const ActivationSpec act = require_activation(activation, activation_param);
   check_forward(x, weight, bias, running_mean, running_var, num_batches_tracked, training, eps, ndims);
   require_engine(x);
   const Parameter w(weight), b(bias), mean(running_mean), var(running_var);
@@ -151,6 +157,7 @@ ForwardResult batch_norm_dense(const at::Tensor& x, const OptionalTensor& weight
   args.cumulative = !momentum.has_value();
   args.batch_statistics = training;
   args.unbiased_running_var = unbiased_running_var;
+  args.activation = act;
   run(args, training ? Pass::forward : Pass::inference, x);
   if (training) {
     mean.finish();
@@ -160,13 +167,16 @@ ForwardResult batch_norm_dense(const at::Tensor& x, const OptionalTensor& weight
 }
 
 BackwardResult batch_norm_backward_dense(const at::Tensor& dy, const at::Tensor& x,
-                                         const OptionalTensor& weight, const at::Tensor& stats, bool training,
+                                         const OptionalTensor& weight, const OptionalTensor& bias,
+                                         const at::Tensor& stats, bool training, ActivationName activation,
+                                         std::optional<double> activation_param,
                                          std::array<bool, 3> output_mask) {
-  check_backward(dy, x, weight, stats);
+  const ActivationSpec act = require_activation(activation, activation_param);
+  check_backward(dy, x, weight, bias, stats);
   require_engine(x);
   const Input input(x);
   const at::Tensor dense_dy = dy.contiguous(input.format), dense_stats = stats.contiguous();
-  const Parameter w(weight);
+  const Parameter w(weight), b(bias);
   auto per_channel = [&](bool wanted) -> at::Tensor {
     return empty_vector({wanted ? x.size(1) : 0}, parameter_grad_dtype(x), x);
   };
@@ -181,6 +191,8 @@ BackwardResult batch_norm_backward_dense(const at::Tensor& dy, const at::Tensor&
   args.dy = dense_dy.const_data_ptr();
   args.dx = output_mask[0] ? dx.data_ptr() : nullptr;
   args.weight = w.vector();
+  args.bias = b.vector();
+  args.activation = act;
   args.mean = dense_stats.const_data_ptr<double>();
   args.invstd = args.mean + x.size(1);
   args.dweight = output_mask[1] ? dweight.data_ptr() : nullptr;
@@ -195,16 +207,21 @@ BackwardResult batch_norm_backward_dense(const at::Tensor& dy, const at::Tensor&
 ForwardResult batch_norm_meta(const at::Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias,
                               const OptionalTensor& running_mean, const OptionalTensor& running_var,
                               const OptionalTensor& num_batches_tracked, bool training, std::optional<double>,
-                              double eps, bool, at::IntArrayRef ndims) {
+                              double eps, bool, at::IntArrayRef ndims, ActivationName activation,
+                              std::optional<double> activation_param) {
+  require_activation(activation, activation_param);
   check_forward(x, weight, bias, running_mean, running_var, num_batches_tracked, training, eps, ndims);
   return {at::empty_symint(x.sym_sizes(), x.options(), memory_format_of(x)),
           at::empty_symint({2, x.sym_size(1)}, x.options().dtype(at::kDouble))};
 }
 
 BackwardResult batch_norm_backward_meta(const at::Tensor& dy, const at::Tensor& x,
-                                        const OptionalTensor& weight, const at::Tensor& stats, bool,
+                                        const OptionalTensor& weight, const OptionalTensor& bias,
+                                        const at::Tensor& stats, bool, ActivationName activation,
+                                        std::optional<double> activation_param,
                                         std::array<bool, 3> output_mask) {
-  check_backward(dy, x, weight, stats);
+  require_activation(activation, activation_param);
+  check_backward(dy, x, weight, bias, stats);
   const auto options = x.options().dtype(parameter_grad_dtype(x));
   auto per_channel = [&](bool wanted) {
     return at::empty_symint({wanted ? x.sym_size(1) : c10::SymInt(0)}, options);

@@ -3,6 +3,7 @@
 
 #include <ATen/core/Tensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <c10/util/string_view.h>
 
 #include <array>
 #include <optional>
@@ -13,6 +14,7 @@
 namespace bnext {
 
 using OptionalTensor = std::optional<at::Tensor>;
+using ActivationName = std::optional<c10::string_view>;
 using ForwardResult = std::tuple<at::Tensor, at::Tensor>;               // y, stats
 using BackwardResult = std::tuple<at::Tensor, at::Tensor, at::Tensor>;  // dx, dweight, dbias
 
@@ -21,9 +23,12 @@ using ForwardSignature = ForwardResult(const at::Tensor& x, const OptionalTensor
                                        const OptionalTensor& running_var,
                                        const OptionalTensor& num_batches_tracked, bool training,
                                        std::optional<double> momentum, double eps, bool unbiased_running_var,
-                                       at::IntArrayRef ndims);
+                                       at::IntArrayRef ndims, ActivationName activation,
+                                       std::optional<double> activation_param);
 using BackwardSignature = BackwardResult(const at::Tensor& dy, const at::Tensor& x,
-                                         const OptionalTensor& weight, const at::Tensor& stats, bool training,
+                                         const OptionalTensor& weight, const OptionalTensor& bias,
+                                         const at::Tensor& stats, bool training, ActivationName activation,
+                                         std::optional<double> activation_param,
                                          std::array<bool, 3> output_mask);
 
 // dense: the same for every device that has an engine.

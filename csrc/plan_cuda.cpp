@@ -10,7 +10,7 @@ namespace {
 
 constexpr int kVectorBytes = 16;
 constexpr int kWarp = 32;
-constexpr int kRowThreads = 512;    // of a rows reduce: with them 64 KB are in flight per multiprocessor
+constexpr int kRowThreads = 384;  // of a rows reduce: 168 registers each, 48 KB in flight per multiprocessor
 constexpr int kPlaneThreads = 256;  // of a planes reduce: channels are short, and several blocks overlap
 constexpr int kMapThreads = 256;
 constexpr int kBatch = 8;               // vectors a thread should get at least, for loads to overlap

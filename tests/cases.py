@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from bnext.functional import ACTIVATIONS
+
 CONTIGUOUS = torch.contiguous_format
 CHANNELS_LAST = torch.channels_last
 CHANNELS_LAST_3D = torch.channels_last_3d
@@ -91,6 +93,28 @@ MISALIGNED_LAYOUTS = [
 
 LAYOUTS = KEPT_LAYOUTS + OTHER_LAYOUTS + MISALIGNED_LAYOUTS
 LAYOUT = {layout.name: layout for layout in LAYOUTS}
+
+
+@dataclass(frozen=True)
+class Active:
+    """An activation with its parameter, None for the default: as the layers have it, and as torch has it."""
+
+    activation: str
+    activation_param: float | None = None
+
+    def __str__(self) -> str:
+        given = self.activation_param
+        return self.activation if given is None else f"{self.activation}-{given:g}"
+
+    def of(self, z: Tensor) -> Tensor:
+        """torch's own."""
+        function = getattr(torch.nn.functional, self.activation)
+        result: Tensor = function(z) if self.activation_param is None else function(z, self.activation_param)
+        return result
+
+
+# Every one, and the two parameters: a slope above one, and an alpha that leaves a kink at zero.
+ACTIVE = [*map(Active, ACTIVATIONS), Active("leaky_relu", 1.25), Active("elu", 0.5)]
 
 # Small, with a channel count and an inner size that no vector width divides.
 SHAPE_OF_RANK = {2: (12, 5), 3: (4, 5, 7), 4: (3, 5, 4, 5), 5: (2, 5, 3, 4, 3)}

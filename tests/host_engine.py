@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 import on_host
+from bnext.functional import ACTIVATIONS
+from bnext.reference_activations import parameter
 from problem import Problem
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -22,6 +24,8 @@ SOURCES = [
 ]
 # As in csrc/storage.h.
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+# As in csrc/activation.h.
+NUMBERED = ["none", *ACTIVATIONS]
 ORDERS = ["ascending", "descending", "random"]
 
 # One launch of each kernel, of every type: (shape, layout). Rows of odd and of whole vectors, joined rows, short runs
@@ -108,8 +112,10 @@ class HostCall:
             s.block_threads,
             s.l2,
             *astuple(self.fault),
+            NUMBERED.index(p.activation or "none"),
         ]
-        head = struct.pack(f"{len(integers)}q2d", *map(int, integers), p.eps, p.momentum or 0.0)
+        doubles = [p.eps, p.momentum or 0.0, parameter(p.activation, p.activation_param)]
+        head = struct.pack(f"{len(integers)}q{len(doubles)}d", *map(int, integers), *doubles)
         tensors = [x, p.dy if self.backward else None, *vectors]
         counter = b"" if self.counter is None else struct.pack("q", self.counter)
         return head + b"".join(self._bytes(t) for t in tensors if t is not None) + counter

@@ -15,10 +15,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+import activation_tolerances
 import bnext
 import tolerances
-from bnext import reference
-from cases import BOTH, Dtypes, Layout, Mode
+from bnext import reference, reference_activations
+from cases import BOTH, Active, Dtypes, Layout, Mode
 
 Array = NDArray[np.float64]
 
@@ -43,6 +44,8 @@ class Problem:
     momentum: float | None = 0.1
     eps: float = 1e-5
     unbiased: bool = True
+    activation: str | None = None
+    activation_param: float | None = None
     # The running statistics before the call, which moves them.
     old_mean: Array | None = field(init=False)
     old_var: Array | None = field(init=False)
@@ -55,7 +58,8 @@ class Problem:
         given = [name for name in ("weight", "bias", "running_mean") if getattr(self, name) is not None]
         return (
             f"Problem({tuple(self.x.shape)}, strides={self.x.stride()}, {self.x.dtype}, {given}, batch={self.batch}, "
-            f"momentum={self.momentum}, eps={self.eps}, unbiased={self.unbiased})"
+            f"momentum={self.momentum}, eps={self.eps}, unbiased={self.unbiased}, "
+            f"activation={self.activation}, activation_param={self.activation_param})"
         )
 
     def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
@@ -73,6 +77,8 @@ class Problem:
             self.momentum,
             self.eps,
             unbiased_running_var=self.unbiased,
+            activation=self.activation,
+            activation_param=self.activation_param,
         )
 
     def require_grad(self, *names: str) -> list[Tensor]:
@@ -106,44 +112,79 @@ class Problem:
         xhat = reference.forward(self.input, None, None, mean, var, self.eps)
         return xhat, self._channels(mean), self._channels(1 / np.sqrt(var + self.eps))
 
-    def check_output(self, y: Tensor) -> None:
+    @property
+    def scale(self) -> tuple[Array, Array]:
+        """mean, and weight * invstd: z is (x - mean) * scale + bias."""
+        _, mean, invstd = self._terms
+        return mean, self._parameter(self.weight, 1) * invstd
+
+    @cached_property
+    def affine(self) -> tuple[Array, Array]:
+        """What the activation is taken of, and how far off it may be before it is stored."""
         xhat, mean, invstd = self._terms
         weight, bias = self._parameter(self.weight, 1), self._parameter(self.bias, 0)
-        expected = reference.forward(
+        error = tolerances.affine(xhat, weight, bias, mean, invstd, self.x.dtype)
+        return xhat * weight + bias, error
+
+    @property
+    def _activation(self) -> tuple[str | None, float | None]:
+        return self.activation, self.activation_param
+
+    def check_output(self, y: Tensor) -> None:
+        expected = reference_activations.forward(
             self.input,
             None if self.weight is None else numpy(self.weight),
             None if self.bias is None else numpy(self.bias),
             *self.statistics,
             self.eps,
+            *self._activation,
         )
         assert y.dtype == self.x.dtype
-        bound = tolerances.output(expected, xhat, weight, bias, mean, invstd, self.x.dtype)
+        error = activation_tolerances.value_error(*self.affine, *self._activation, self.x.dtype)
+        bound = tolerances.output(expected, error, self.x.dtype)
         tolerances.assert_within(y, expected, bound, "y")
 
     @cached_property
     def gradients(self) -> tuple[Array, Array, Array]:
         """dx, dweight and dbias of the reference."""
-        weight = None if self.weight is None else numpy(self.weight)
-        return reference.backward(numpy(self.dy), self.input, weight, *self.statistics, self.eps, self.batch)
+        return reference_activations.backward(
+            numpy(self.dy),
+            self.input,
+            None if self.weight is None else numpy(self.weight),
+            None if self.bias is None else numpy(self.bias),
+            *self.statistics,
+            self.eps,
+            self.batch,
+            *self._activation,
+        )
+
+    @cached_property
+    def _dz(self) -> tuple[Array, Array]:
+        """The gradient at the activation's input, and how far off it may be."""
+        dy = numpy(self.dy)
+        dz = dy * reference_activations.slope(self.affine[0], *self._activation)
+        return dz, activation_tolerances.dz_error(dy, *self.affine, *self._activation, self.x.dtype)
 
     def check_input_grad(self, dx: Tensor) -> None:
         xhat, mean, invstd = self._terms
-        dy, expected = numpy(self.dy), self.gradients[0]
-        scale = self._parameter(self.weight, 1) * invstd
+        (dz, error), expected, (_, scale) = self._dz, self.gradients[0], self.scale
         assert dx.dtype == self.x.dtype
-        bound = tolerances.input_grad(expected, dy, xhat, scale, mean, invstd, self.batch, self.x.dtype)
+        bound = tolerances.input_grad(
+            expected, dz, xhat, scale, mean, invstd, self.batch, self.x.dtype, error
+        )
         tolerances.assert_within(dx, expected, bound, "dx")
 
     def check_weight_grad(self, dweight: Tensor) -> None:
         xhat, mean, invstd = self._terms
-        dy, expected = numpy(self.dy), self.gradients[1]
+        (dz, error), expected = self._dz, self.gradients[1]
         bound = tolerances.weight_grad(
-            expected, dy, xhat, mean.ravel(), invstd.ravel(), dweight.dtype, self.x.dtype
+            expected, dz, xhat, mean.ravel(), invstd.ravel(), dweight.dtype, self.x.dtype, error
         )
         tolerances.assert_within(dweight, expected, bound, "dweight")
 
     def check_bias_grad(self, dbias: Tensor) -> None:
-        bound = tolerances.bias_grad(self.gradients[2], numpy(self.dy), dbias.dtype, self.x.dtype)
+        dz, error = self._dz
+        bound = tolerances.bias_grad(self.gradients[2], dz, dbias.dtype, self.x.dtype, error)
         tolerances.assert_within(dbias, self.gradients[2], bound, "dbias")
 
     def check_grads(self) -> None:
@@ -209,3 +250,21 @@ def make(
         running_var=vector(uniform(0.25, 4), mode.tracked),
         batch=mode.batch,
     )
+
+
+def make_active(
+    active: Active,
+    shape: tuple[int, ...],
+    layout: Layout,
+    dtypes: Dtypes,
+    mode: Mode,
+    parameters: tuple[str, ...] = BOTH,
+    *,
+    device: str = "cpu",
+) -> Problem:
+    """The same behind an activation. Weights from small ones to 6 reach every piece of it, and where it saturates."""
+    problem = make(shape, layout, dtypes, mode, parameters, device=device)
+    if problem.weight is not None:
+        problem.weight *= torch.linspace(0.5, 4, shape[1], device=device)
+    problem.activation, problem.activation_param = active.activation, active.activation_param
+    return problem

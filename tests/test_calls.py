@@ -29,7 +29,7 @@ NAMES = (
     "momentum",
     "eps",
 )
-ORDER = (*NAMES, "unbiased_running_var", "ndims")
+ORDER = (*NAMES, "unbiased_running_var", "ndims", "activation", "activation_param")
 
 
 class Logged(Tensor):
@@ -57,6 +57,8 @@ def arguments(**changes: Any) -> dict[str, Any]:
         "eps": 1e-5,
         "unbiased_running_var": True,
         "ndims": (2, 3),
+        "activation": None,
+        "activation_param": None,
     }
     return given | changes
 
@@ -70,6 +72,8 @@ TAKEN: dict[str, dict[str, Any]] = {
     "everything": {},
     "no tensors": dict.fromkeys(ORDER[1:6]),
     "momentum None": {"momentum": None},
+    "activation": {"activation": "gelu"},
+    "activation with a parameter": {"activation": "elu", "activation_param": 0.5},
     "inference": {"training": False, "unbiased_running_var": False, "ndims": ()},
     "meta": {name: torch.ones(3, device="meta") for name in ORDER[1:5]}
     | {"x": torch.ones(4, 3, device="meta"), "num_batches_tracked": None},
@@ -97,6 +101,7 @@ DECLINED: dict[str, dict[str, Any]] = {
     "size": {"ndims": torch.Size((2, 3))},
     "integer eps": {"eps": 1},
     "integer momentum": {"momentum": 1},
+    "integer parameter": {"activation": "elu", "activation_param": 2},
     "numpy eps": {"eps": np.float64(1e-5)},
 }
 WRONG: dict[str, dict[str, Any]] = {
@@ -108,6 +113,8 @@ WRONG: dict[str, dict[str, Any]] = {
     "momentum, text": {"momentum": "0.1"},
     "eps, None": {"eps": None},
     "eps, text": {"eps": "1e-5"},
+    "activation, number": {"activation": 1},
+    "activation_param, text": {"activation": "elu", "activation_param": "0.1"},
     "ndims, text": {"ndims": ("2",)},
     "ndims, huge": {"ndims": (2**70,)},
     "ndims, number": {"ndims": 2.5},
@@ -153,6 +160,8 @@ def test_errors_of_the_operator_are_the_same() -> None:
         {"bias": torch.ones(4)},
         {"x": torch.ones(4, 3).long()},
         {"eps": 0.0},
+        {"activation": "swish"},
+        {"activation": "relu", "activation_param": 0.1},
     ):
         given = arguments(**change)
         assert error_of(lambda given=given: _C.batch_norm(*given.values())) == error_of(

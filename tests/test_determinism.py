@@ -11,8 +11,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from cases import BFLOAT16_WITH_FLOAT32, EVAL, FLOAT32, FLOAT64, LAYOUT, TRAIN, Dtypes, Mode, misaligned
-from problem import make
+from cases import (
+    BFLOAT16_WITH_FLOAT32,
+    EVAL,
+    FLOAT32,
+    FLOAT64,
+    LAYOUT,
+    TRAIN,
+    Active,
+    Dtypes,
+    Mode,
+    misaligned,
+)
+from problem import Problem, make, make_active
 
 # Large enough that a plan splits them, in both directions: over channels, over the batch, within a plane.
 LARGE = [
@@ -42,6 +53,10 @@ def results(
     problem = make(shape, LAYOUT[layout], dtypes, mode)
     problem.x = arrange(problem.x)
     problem.dy = arrange(problem.dy)
+    return results_of(problem)
+
+
+def results_of(problem: Problem) -> list[Tensor]:
     leaves = problem.require_grad()
     y = problem.forward()
     gradients = torch.autograd.grad(y, leaves, problem.dy)
@@ -66,6 +81,22 @@ def test_any_number_of_threads(layout: str, shape: tuple[int, ...], dtypes: Dtyp
         collected.append(results(layout, shape, dtypes, mode, lambda t: t))
     for other in collected[1:]:
         assert_same_bits(collected[0], other)
+
+
+# One activation that stands in the loops, and one that they call.
+@pytest.mark.usefixtures("restore_threads")
+@pytest.mark.parametrize("active", [Active("relu"), Active("gelu")], ids=str)
+@pytest.mark.parametrize("mode", [TRAIN, EVAL], ids=str)
+@pytest.mark.parametrize("dtypes", [FLOAT32, BFLOAT16_WITH_FLOAT32], ids=str)
+@pytest.mark.parametrize(("layout", "shape"), LARGE, ids=LARGE_IDS)
+def test_any_number_of_threads_behind_an_activation(
+    layout: str, shape: tuple[int, ...], dtypes: Dtypes, mode: Mode, active: Active
+) -> None:
+    collected = []
+    for threads in THREADS[:2]:
+        torch.set_num_threads(threads)
+        collected.append(results_of(make_active(active, shape, LAYOUT[layout], dtypes, mode)))
+    assert_same_bits(*collected)
 
 
 @pytest.mark.usefixtures("restore_threads")

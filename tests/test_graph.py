@@ -145,7 +145,7 @@ def test_the_node_has_a_name() -> None:
 def test_only_the_statistics_are_used() -> None:
     """No gradient arrives at y: none leaves, and none is asked of the kernels."""
     x, weight, bias = leaves()
-    y, stats = torch.ops.bnext.batch_norm(x, weight, bias, None, None, None, True, 0.1, 1e-5, True, [])
+    y, stats = torch.ops.bnext.batch_norm(x, weight, bias, *[None] * 3, True, 0.1, 1e-5, True, [], None, None)
     assert y.requires_grad
     assert not stats.requires_grad
     undefined = torch._C._functions.UndefinedGrad()(y)

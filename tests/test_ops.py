@@ -46,6 +46,8 @@ def forward_arguments(problem: Problem, momentum: float | None = 0.1) -> tuple[A
         problem.eps,
         True,
         [],
+        problem.activation,
+        problem.activation_param,
     )
 
 
@@ -54,7 +56,8 @@ def backward_arguments(
 ) -> tuple[Any, ...]:
     with torch.no_grad():
         _, stats = FORWARD(*forward_arguments(problem))
-    return problem.dy, problem.x, problem.weight, stats, problem.batch, list(mask)
+    p = problem
+    return p.dy, p.x, p.weight, p.bias, stats, p.batch, p.activation, p.activation_param, list(mask)
 
 
 OPCHECK_CASES = [
@@ -228,7 +231,7 @@ X, STATS = torch.ones(2, 3), torch.ones(2, 3, dtype=torch.float64)
 def backward(
     dy: Tensor = X, x: Tensor = X, weight: Any = None, stats: Tensor = STATS, mask: Any = (True,) * 3
 ) -> Any:
-    return BACKWARD(dy, x, weight, stats, True, mask)
+    return BACKWARD(dy, x, weight, None, stats, True, None, None, mask)
 
 
 # Called by hand, the operators get anything; there is no module before them.
@@ -267,7 +270,7 @@ BAD_CALLS: dict[str, tuple[type[Exception], str, Callable[[], object]]] = {
     "ranks": (
         ValueError,
         r"expected 4D input \(got 2D",
-        lambda: FORWARD(X, *[None] * 5, True, 0.1, 1e-5, True, [4]),
+        lambda: FORWARD(X, *[None] * 5, True, 0.1, 1e-5, True, [4], None, None),
     ),
     "few arguments": (RuntimeError, "missing value for argument 'weight'", lambda: FORWARD(X)),
 }

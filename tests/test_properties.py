@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import bnext
+from bnext.functional import ACTIVATIONS
 from cases import CHANNELS_LAST, CHANNELS_LAST_3D, CONTIGUOUS, DTYPES, MODES, PARAMETERS, Layout
 from problem import Problem, make
 
@@ -107,6 +108,7 @@ def test_any_problem(problem: Problem) -> None:
             check(tensor.grad)
 
 
+activations = st.sampled_from([None, None, *ACTIVATIONS, "swish"])
 dtypes = st.sampled_from(
     [torch.float32] * 6 + [torch.float64, torch.bfloat16, torch.int64, torch.bool, torch.complex64]
 )
@@ -141,6 +143,8 @@ def copies(*tensors: Tensor | None) -> list[Tensor]:
     momentum=st.sampled_from([None, 0.1, 0.0, math.nan, math.inf]),
     eps=st.sampled_from([1e-5, 1e-5, 0.0, -1.0, math.nan]),
     ndims=st.sampled_from([[], [], [2, 3], [4], [-1]]),
+    activation=activations,
+    activation_param=st.sampled_from([None, None, 0.1, math.nan]),
 )
 def test_any_call_of_the_forward_operator(
     x: Tensor, tensors: Any, counter: Any, training: bool, **scalars: Any
@@ -163,6 +167,8 @@ def test_any_call_of_the_forward_operator(
             scalars["eps"],
             True,
             scalars["ndims"],
+            scalars["activation"],
+            scalars["activation_param"],
         )
     except REFUSALS:
         for one, other in zip(before, copies(mean, var, counter), strict=True):
@@ -178,19 +184,31 @@ def test_any_call_of_the_forward_operator(
     x=inputs,
     same=st.booleans(),
     weight=vectors,
+    bias=vectors,
     stats=st.one_of(
         st.just(torch.ones(2, 3, dtype=torch.float64)),
         st.lists(few, max_size=3).map(lambda shape: torch.ones(shape, dtype=torch.float64)),
     ),
     training=st.booleans(),
+    activation=activations,
+    activation_param=st.sampled_from([None, None, 0.1]),
     mask=st.lists(st.booleans(), min_size=2, max_size=4),
 )
 def test_any_call_of_the_backward_operator(
-    dy: Tensor, x: Tensor, same: bool, weight: Tensor | None, stats: Tensor, training: bool, mask: list[bool]
+    dy: Tensor,
+    x: Tensor,
+    same: bool,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    stats: Tensor,
+    training: bool,
+    activation: str | None,
+    activation_param: float | None,
+    mask: list[bool],
 ) -> None:
     try:
         dx, dweight, dbias = torch.ops.bnext.batch_norm_backward(
-            x if same else dy, x, weight, stats, training, mask
+            x if same else dy, x, weight, bias, stats, training, activation, activation_param, mask
         )
     except REFUSALS:
         return

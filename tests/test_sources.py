@@ -25,6 +25,7 @@ LONGEST = 300
 
 PLAIN = {
     "storage.h",
+    "activation.h",
     "args.h",
     "formulas.h",
     "dispatch.h",
@@ -172,6 +173,7 @@ def test_one_python_file_calls_the_operators(way: str) -> None:
 # What each Python file of the package may import of the package. Files that are not listed are on top.
 LOWER: dict[str, set[str]] = {
     "reference.py": set(),
+    "reference_activations.py": {".reference"},
     "functional.py": {"._C"},
     "memory.py": {"._C"},
     "modules.py": {".functional"},
@@ -184,10 +186,12 @@ def test_python_layers_point_downwards(name: str) -> None:
     assert own <= LOWER[name]
 
 
-def test_the_reference_knows_numpy_only() -> None:
+@pytest.mark.parametrize("name", ["reference.py", "reference_activations.py"])
+def test_the_reference_knows_numpy_only(name: str) -> None:
     """It is what the kernels are judged by, so it shares nothing with them."""
-    assert imports(ROOT / "bnext" / "reference.py") <= {
+    assert imports(ROOT / "bnext" / name) - LOWER[name] <= {
         "__future__",
+        "collections.abc",
         "math",
         "typing",
         "numpy",

@@ -53,15 +53,19 @@ def _stored(exact: Array, dtype: torch.dtype) -> Array:
     return bound
 
 
-def output(
-    y: Array, xhat: Array, weight: Array, bias: Array, mean: Array, invstd: Array, dtype: torch.dtype
-) -> Array:
-    """Of y = weight * xhat + bias; per-channel arguments broadcast against y."""
+def affine(xhat: Array, weight: Array, bias: Array, mean: Array, invstd: Array, dtype: torch.dtype) -> Array:
+    """Of z = weight * xhat + bias before it is stored; per-channel arguments broadcast against xhat."""
     deviation = np.abs(weight * xhat)
     error = unit(arithmetic(dtype)) * (
         ROUNDINGS[arithmetic(dtype)] * deviation + MEAN * np.abs(weight) + 2 * np.abs(bias)
     )
-    return _stored(y, dtype) + error + 4 * unit(torch.float64) * np.abs(weight * mean * invstd)
+    bound: Array = error + 4 * unit(torch.float64) * np.abs(weight * mean * invstd)
+    return bound
+
+
+def output(y: Array, z_error: Array, dtype: torch.dtype) -> Array:
+    """Of y, z stored: what `affine` or an activation's `value_error` says, and one rounding."""
+    return _stored(y, dtype) + z_error
 
 
 def input_grad(
@@ -73,16 +77,22 @@ def input_grad(
     invstd: Array,
     batch: bool,
     dtype: torch.dtype,
+    dy_error: Array | float = 0.0,
 ) -> Array:
     """Of dx = scale * (dy - mean(dy) - xhat * mean(dy * xhat)), or scale * dy without `batch`.
 
-    `scale` is weight * invstd.
+    `scale` is weight * invstd. `dy_error`: how far off dy is already (it is dz before an activation); dx is linear.
     """
-    size = np.abs(dy)
+    size, carried = np.abs(dy), np.broadcast_to(np.abs(dy_error), dy.shape)
     if batch and dx.size:
         axes = (0, *range(2, dx.ndim))
         slope = np.abs(dy * xhat).mean(axes, keepdims=True)
         size = size + np.abs(dy).mean(axes, keepdims=True) + (np.abs(xhat) + 1) * slope
+        carried = (
+            carried
+            + carried.mean(axes, keepdims=True)
+            + np.abs(xhat) * (carried * np.abs(xhat)).mean(axes, keepdims=True)
+        )
         # A wrong mean shifts xhat.
         lost = (
             8
@@ -95,6 +105,7 @@ def input_grad(
     return (
         _stored(dx, dtype)
         + unit(arithmetic(dtype)) * ROUNDINGS[arithmetic(dtype)] * np.abs(scale) * size
+        + np.abs(scale) * carried
         + lost
     )
 
@@ -107,19 +118,24 @@ def weight_grad(
     invstd: Array,
     stored: torch.dtype,
     dtype: torch.dtype,
+    dy_error: Array | float = 0.0,
 ) -> Array:
-    """Of dweight = sum(dy * xhat), for input of `dtype` and a gradient `stored` in another."""
+    """Of dweight = sum(dy * xhat), for input of `dtype` and a gradient `stored` in another; `dy_error` as above."""
     axes = (0, *range(2, dy.ndim))
     shift = np.abs(dy).sum(axes)
     terms = np.abs(dy * xhat).sum(axes) + shift
     lost = 4 * unit(torch.float64) * np.abs(mean * invstd) * shift
-    return _stored(dweight, stored) + unit(arithmetic(dtype)) * CHAIN * terms + lost
+    carried = (np.broadcast_to(dy_error, dy.shape) * np.abs(xhat)).sum(axes)
+    return _stored(dweight, stored) + unit(arithmetic(dtype)) * CHAIN * terms + lost + carried
 
 
-def bias_grad(dbias: Array, dy: Array, stored: torch.dtype, dtype: torch.dtype) -> Array:
-    """Of dbias = sum(dy)."""
-    terms = np.abs(dy).sum((0, *range(2, dy.ndim)))
-    return _stored(dbias, stored) + unit(arithmetic(dtype)) * CHAIN * terms
+def bias_grad(
+    dbias: Array, dy: Array, stored: torch.dtype, dtype: torch.dtype, dy_error: Array | float = 0.0
+) -> Array:
+    """Of dbias = sum(dy); `dy_error` as above."""
+    axes = (0, *range(2, dy.ndim))
+    terms, carried = np.abs(dy).sum(axes), np.broadcast_to(dy_error, dy.shape).sum(axes)
+    return _stored(dbias, stored) + unit(arithmetic(dtype)) * CHAIN * terms + carried
 
 
 def running_mean(

@@ -30,16 +30,38 @@ struct BackwardWork {
     operands.dy = args.dy;
     operands.out = args.dx;
     operands.center = args.mean;
-    if (wants_sums || args.batch_statistics) reduce = find(Phase::grad_sums, args.dtype, traversal, false);
+    operands.activation = args.activation;
+    const ActivationClass activation = class_of(args.activation);
+    if (wants_sums || args.batch_statistics) {
+      reduce = find(Phase::grad_sums, args.dtype, traversal, false, activation);
+    }
     if (args.dx != nullptr) {
       const Phase phase = args.batch_statistics ? Phase::input_grad : Phase::input_grad_frozen;
-      map = find(phase, args.dtype, traversal, can_stream(plan, args.dx));
+      map = find(phase, args.dtype, traversal, can_stream(plan, args.dx), activation);
+    }
+    if (args.dx != nullptr || args.activation) {
       coefficients.reset(new A[kMaxCoefficients * channels]);
       for (int k = 0; k < kMaxCoefficients; ++k) operands.coefficients[k] = coefficients.get() + k * channels;
     }
   }
 
-  void prepare(int64_t, int64_t) {}
+  // Scale and offset of the activation's input, as the forward pass had them.
+  void prepare(int64_t channel_begin, int64_t channel_end) {
+    if (!args.activation) return;
+    A* const out = coefficients.get();
+    const int64_t channels = args.extent.channels;
+    for_each_fold(channel_begin, channel_end, [&](int64_t c, int64_t n) {
+      double weight[kFoldChannels], bias[kFoldChannels];
+      read_channels(args.weight, c, n, 1, weight);
+      read_channels(args.bias, c, n, 0, bias);
+      for (int64_t k = 0; k < n; ++k) {
+        const auto z = normalize_coefficients<A>(args.mean[c + k], args.invstd[c + k], weight[k], bias[k]);
+        out[2 * channels + c + k] = z.scale;
+        out[3 * channels + c + k] = z.offset;
+      }
+    });
+  }
+
   bool recenter(int64_t, int64_t, const Sums*) { return false; }
 
   void fold(int64_t channel_begin, int64_t channel_end, const Sums* sums) {
@@ -54,7 +76,12 @@ struct BackwardWork {
     const double* const mean = args.mean + c;
     const double* const invstd = args.invstd + c;
     // The reducers subtracted the mean as their arithmetic can hold it.
-    const auto held = [](double value) { return static_cast<double>(static_cast<summath_t<T>>(value)); };
+    const bool active{args.activation};
+    const auto held = [&](double value) {
+      return active ? static_cast<double>(static_cast<A>(value))
+                    : static_cast<double>(static_cast<summath_t<T>>(value));
+    };
+    if (sums == nullptr) prepare(c, c + n);  // nothing was reduced
     if (sums != nullptr) {
       auto* const dweight = static_cast<A*>(args.dweight);
       auto* const dbias = static_cast<A*>(args.dbias);
@@ -68,15 +95,15 @@ struct BackwardWork {
     double weight[kFoldChannels];
     read_channels(args.weight, c, n, 1, weight);
     A* const out = coefficients.get() + c;
-    const int64_t channels = args.extent.channels;
+    const int64_t channels = args.extent.channels, rest = active ? 4 : 2;
     for (int64_t k = 0; k < n; ++k) {
       const Sums used = args.batch_statistics ? sums[k] : Sums{};
       const auto found =
           input_grad_coefficients<A>(used, mean[k], held(mean[k]), invstd[k], weight[k], inverse_count);
       out[k] = found.scale;
       out[channels + k] = found.center;
-      out[2 * channels + k] = found.slope;
-      out[3 * channels + k] = found.offset;
+      out[rest * channels + k] = found.slope;
+      out[(rest + 1) * channels + k] = found.offset;
     }
   }
 };

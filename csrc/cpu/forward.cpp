@@ -30,14 +30,16 @@ struct ForwardWork {
     coefficients.reset(new A[3 * channels]);
     operands.x = args.x;
     operands.out = args.y;
+    operands.activation = args.activation;
     for (int k = 0; k < 3; ++k) operands.coefficients[k] = coefficients.get() + k * channels;
     const auto find = instruction_set().find;
     if (args.batch_statistics) {
       center.reset(new double[channels]);
       operands.center = center.get();
-      reduce = find(Phase::moments, args.dtype, plan.geometry.traversal, false);
+      reduce = find(Phase::moments, args.dtype, plan.geometry.traversal, false, ActivationClass::none);
     }
-    map = find(Phase::normalize, args.dtype, plan.geometry.traversal, can_stream(plan, args.y));
+    map = find(Phase::normalize, args.dtype, plan.geometry.traversal, can_stream(plan, args.y),
+               class_of(args.activation));
   }
 
   // A channel's first element, so that a constant channel sums to exactly zero; 0 if it is not finite.

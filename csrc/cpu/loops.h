@@ -65,6 +65,13 @@ BNEXT_INLINE void with_rest(int64_t length, int64_t i, int64_t offset, int64_t n
   }
 }
 
+// Of a reducer: the center, then scale and offset of the activation's input.
+template <class Math>
+BNEXT_INLINE Math reduce_coefficient(const Operands& operands, int k, int64_t channel) {
+  return k == 0 ? static_cast<Math>(operands.center[channel])
+                : static_cast<const Math*>(operands.coefficients[k + 1])[channel];
+}
+
 template <class Reducer>
 void reduce_planes(const Operands& operands, const Geometry& geometry, const Tile& tile, void* scratch,
                    Sums* sums) {
@@ -79,7 +86,11 @@ void reduce_planes(const Operands& operands, const Geometry& geometry, const Til
   for_each_run<false>(
       e, tile, [&](int64_t channel, int64_t offset, int64_t length) __attribute__((always_inline)) {
         double* first = lanes + (channel - tile.channel_begin) * 2 * kLanes;
-        const Lanes<Math> center = splat(static_cast<Math>(operands.center[channel]));
+        const auto c = coefficients_from<Math>(
+            [&](int k) __attribute__((always_inline)) {
+              return splat(reduce_coefficient<Math>(operands, k, channel));
+            },
+            typename CountTo<Reducer::kCoefficients>::type{});
         int64_t i = 0;
         while (i < length) {
           LaneSums<Math> local{};
@@ -87,12 +98,12 @@ void reduce_planes(const Operands& operands, const Geometry& geometry, const Til
           const int64_t stop = i + (vectors < kFlush - 1 ? vectors : kFlush - 1) * kLanes;
           for (; i < stop; i += kLanes) {
             reducer.prefetch(offset + i + ahead);
-            reducer.step(local, offset + i, center, Full{});
+            reducer.step(local, offset + i, c, Full{});
           }
           if (length - i < kLanes) {
             if (i < length)
               with_rest(length, i, offset, numel, [&](auto span) __attribute__((always_inline)) {
-                reducer.step(local, offset + i, center, span);
+                reducer.step(local, offset + i, c, span);
               });
             i = length;
           }
@@ -135,71 +146,6 @@ void map_planes(const Operands& operands, const Geometry& geometry, const Tile& 
 
 // ---- rows ----
 
-// In eight interleaved parts, so that the additions do not wait for each other.
-BNEXT_INLINE double sum(const double* values, int64_t n) {
-  double part[8] = {};
-  int64_t i = 0;
-  for (; i + 8 <= n; i += 8) {
-    for (int k = 0; k < 8; ++k) part[k] += values[i + k];
-  }
-  for (int k = 0; i < n; ++i, ++k) part[k] += values[i];
-  return ((part[0] + part[1]) + (part[2] + part[3])) + ((part[4] + part[5]) + (part[6] + part[7]));
-}
-
-// The columns of a tile. A folded row holds all channels, fold times over; otherwise columns are whole
-// channels.
-struct Columns {
-  const Extent& e;
-  const Tile& tile;
-  int64_t begin, count, row_length;
-
-  Columns(const Geometry& geometry, const Tile& t)
-      : e(geometry.extent),
-        tile(t),
-        begin(geometry.fold > 1 ? 0 : t.channel_begin * e.inner),
-        count(geometry.fold > 1 ? geometry.row_length() : t.channels() * e.inner),
-        row_length(geometry.row_length()) {}
-
-  // column[j] = per_channel[channel of j]
-  template <class A, class B>
-  BNEXT_INLINE void expand(A* column, const B* per_channel) const {
-    for (int64_t j = 0; j < count; j += tile.channels() * e.inner) {
-      if (e.inner == 1) {
-        for (int64_t k = 0; k < tile.channels(); ++k)
-          column[j + k] = static_cast<A>(per_channel[tile.channel_begin + k]);
-        continue;
-      }
-      for (int64_t k = 0; k < tile.channels(); ++k) {
-        const A value = static_cast<A>(per_channel[tile.channel_begin + k]);
-        for (int64_t i = 0; i < e.inner; ++i) column[j + k * e.inner + i] = value;
-      }
-    }
-  }
-
-  // sums[channel] += the columns of the channel
-  BNEXT_INLINE void collapse(const double* first, const double* second, Sums* sums) const {
-    for (int64_t j = 0; j < count; j += tile.channels() * e.inner) {
-      if (e.inner == 1) {
-        for (int64_t k = 0; k < tile.channels(); ++k) sums[k] += {first[j + k], second[j + k]};
-        continue;
-      }
-      for (int64_t k = 0; k < tile.channels(); ++k) {
-        sums[k] += {sum(first + j + k * e.inner, e.inner), sum(second + j + k * e.inner, e.inner)};
-      }
-    }
-  }
-};
-
-// Values of consecutive columns, a whole number of lanes, into the order of lanes of T.
-template <class T, class A>
-BNEXT_INLINE void arrange(A* column, int64_t count) {
-  if constexpr (kEvenOdd<T>) {
-    for (int64_t j = 0; j < count; j += kLanes) store(column + j, in_lane_order<T>(load<A>(column + j)));
-  }
-}
-
-constexpr int64_t padded(int64_t columns) { return (columns + kLanes - 1) / kLanes * kLanes; }
-
 template <class Reducer>
 void reduce_rows(const Operands& operands, const Geometry& geometry, const Tile& tile, void* scratch,
                  Sums* sums) {
@@ -209,11 +155,12 @@ void reduce_rows(const Operands& operands, const Geometry& geometry, const Tile&
   const int64_t numel = geometry.extent.numel(), stride = padded(columns.count);
   double* first = static_cast<double*>(scratch);
   double* second = first + stride;
-  Math* center = reinterpret_cast<Math*>(second + stride);
+  constexpr int kCount = Reducer::kCoefficients;
+  Math* const expanded = reinterpret_cast<Math*>(second + stride);  // [coefficient][column]
   for (int64_t j = 0; j < 2 * stride; ++j) first[j] = 0;
-  for (int64_t j = columns.count; j < stride; ++j) center[j] = 0;
-  columns.expand(center, operands.center);
-  arrange<typename Reducer::Storage>(center, stride);
+  columns.lay_out<typename Reducer::Storage>(expanded, kCount, [&](int k, int64_t channel) {
+    return reduce_coefficient<Math>(operands, k, channel);
+  });
 
   // kRows rows of `width` columns, a strip of sixteen at a time. Hardware prefetchers do not follow that
   // order. Lanes past the last column go into padding that nobody reads.
@@ -224,7 +171,9 @@ void reduce_rows(const Operands& operands, const Geometry& geometry, const Tile&
     const int64_t offset = row * columns.row_length + columns.begin;
     int64_t j = 0;
     auto step = [&](auto span) __attribute__((always_inline)) {
-      const Lanes<Math> c = load<Math>(center + j);
+      const auto c = coefficients_from<Math>(
+          [&](int k) __attribute__((always_inline)) { return load<Math>(expanded + k * stride + j); },
+          typename CountTo<kCount>::type{});
       LaneSums<Math> local{};
       for_each_index(
           [&](auto r) __attribute__((always_inline)) {
@@ -257,13 +206,9 @@ void map_rows(const Operands& operands, const Geometry& geometry, const Tile& ti
   const Columns columns(geometry, tile);
   const int64_t numel = geometry.extent.numel(), stride = padded(columns.count);
   Math* expanded = static_cast<Math*>(scratch);  // [coefficient][column]
-  for (int k = 0; k < kCount; ++k) {
-    const Math* source = static_cast<const Math*>(operands.coefficients[k]);
-    Math* row = expanded + k * stride;
-    for (int64_t j = columns.count; j < stride; ++j) row[j] = 0;
-    columns.expand(row, source);
-    arrange<typename Map::Storage>(row, stride);
-  }
+  columns.lay_out<typename Map::Storage>(expanded, kCount, [&](int k, int64_t channel) {
+    return static_cast<const Math*>(operands.coefficients[k])[channel];
+  });
 
   auto walk = [&](int64_t row, int64_t width) __attribute__((always_inline)) {
     const int64_t offset = row * columns.row_length + columns.begin;

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "args.h"
 #include "formulas.h"
 #include "plan.h"
 
@@ -17,7 +18,10 @@ struct Tile {
   constexpr int64_t channels() const { return channel_end - channel_begin; }
 };
 
-constexpr int kMaxCoefficients = 4;
+constexpr int kMaxCoefficients = 6;
+
+// Activations as tiles know them: relu is compiled into the loops, the others are called.
+enum class ActivationClass : uint8_t { none, relu, other };
 
 struct Operands {
   const void* x = nullptr;
@@ -25,7 +29,8 @@ struct Operands {
   void* out = nullptr;
   const double* center = nullptr;  // per channel: what reducers subtract from x
   const void* coefficients[kMaxCoefficients] =
-      {};  // per channel, in opmath: what maps apply, in formulas.h's order
+      {};  // per channel, in opmath: what maps apply, in formulas.h's order; see InputGradMap for backward
+  ActivationSpec activation;
 };
 
 // Reducers add to sums[channel - channel_begin]; maps write operands.out and ignore sums. scratch: see
@@ -37,12 +42,19 @@ enum class Phase : uint8_t { moments, normalize, grad_sums, input_grad, input_gr
 struct InstructionSet {
   const char* name;
   bool (*supported)();
-  TileFunction (*find)(Phase phase, Dtype dtype, Traversal traversal, bool streaming_stores);
+  TileFunction (*find)(Phase phase, Dtype dtype, Traversal traversal, bool streaming_stores,
+                       ActivationClass activation);
 };
 
 // Compiled instruction sets, best first; the last one runs everywhere.
 extern const InstructionSet kInstructionSets[];
 extern const int kInstructionSetCount;
+
+inline ActivationClass class_of(const ActivationSpec& activation) {
+  return !activation                           ? ActivationClass::none
+         : activation.kind == Activation::relu ? ActivationClass::relu
+                                               : ActivationClass::other;
+}
 
 // The best one this machine supports.
 const InstructionSet& instruction_set();

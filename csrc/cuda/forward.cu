@@ -1,4 +1,5 @@
 // Forward on a GPU: moments and normalize, their folds, and the launches.
+#include "cuda/activations.cuh"
 #include "cuda/launch.h"
 #include "cuda/launching.cuh"
 #include "cuda/map.cuh"
@@ -24,8 +25,8 @@ template <class T>
 struct MomentsReducer {
   using Storage = T;
   using Math = opmath_t<T>;
-  // Eight float16 vectors, each taken apart two elements at a time, do not fit 128 registers.
-  static constexpr int kInputs = 1, kVectors = std::is_same_v<T, f16> ? 4 : 8;
+  using Center = Math;
+  static constexpr int kInputs = 1, kVectors = 8;
 
   const ForwardParams& p;
 
@@ -125,8 +126,11 @@ struct NormalizeMap {
   }
 
   template <class Coefficient>
-  BNEXT_DEVICE Math value(const Math (&values)[kInputs], Coefficient c) const {
-    return normalize<Math>(values[0], c(0), c(1), c(2));
+  BNEXT_DEVICE void values(const Math (&in)[kInputs][kLanes<T>], Coefficient c,
+                           Math (&out)[kLanes<T>]) const {
+    BNEXT_UNROLL
+    for (int l = 0; l < kLanes<T>; ++l) out[l] = normalize<Math>(in[0][l], c(0, l), c(1, l), c(2, l));
+    activate_all(p.args.activation, out);
   }
 };
 
@@ -137,7 +141,7 @@ BNEXT_DEVICE void count_batch(const ForwardArgs& args) {
 }
 
 template <class T>
-BNEXT_KERNEL(512, 1)
+BNEXT_KERNEL(384, 1)
 moments_rows_kernel(const BNEXT_PARAMETER ForwardParams p) {
   MomentsReducer<T> reducer{p};
   reduce_rows(p.reduction, reducer);
@@ -151,7 +155,7 @@ moments_planes_kernel(const BNEXT_PARAMETER ForwardParams p) {
 }
 
 template <class T>
-BNEXT_KERNEL(256, 3)
+BNEXT_KERNEL(256, sizeof(T) == 8 ? 2 : 3)
 normalize_rows_kernel(const BNEXT_PARAMETER ForwardParams p) {
   count_batch(p.args);
   NormalizeMap<T> map{p};
@@ -186,10 +190,10 @@ void forward(const ForwardArgs& args, const Plan& plan, const Workspace& workspa
   dispatch(args.dtype, [&]<class T>() {
     if (plan.reduces) {
       launch(kName, rows ? moments_rows_kernel<T> : moments_planes_kernel<T>, plan.reduce,
-             reduce_memory(plan.reduce, lanes), workspace.stream, p);
+             reduce_memory<MomentsReducer<T>>(plan.reduce), workspace.stream, p);
     }
     launch(kName, rows ? normalize_rows_kernel<T> : normalize_planes_kernel<T>, plan.map,
-           map_memory(plan.map, lanes, NormalizeMap<T>::kCoefficients), workspace.stream, p);
+           map_memory<NormalizeMap<T>>(plan.map), workspace.stream, p);
   });
 }
 

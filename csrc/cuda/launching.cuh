@@ -61,15 +61,20 @@ inline Reduction reduction_of(const Plan& plan, int lanes, bool aligned, const W
 
 // Bytes of block memory: sums of every lane of every thread, or before them a center per channel of the
 // group.
-inline int64_t reduce_memory(const Tiling& t, int lanes) {
+template <class Reducer>
+int64_t reduce_memory(const Tiling& t) {
+  constexpr int lanes = kLanes<typename Reducer::Storage>;
   const int64_t sums = t.traversal == Traversal::planes ? t.threads : int64_t{t.height} * t.vectors * lanes;
-  const int64_t values = sums > t.group_channels ? sums : t.group_channels;
-  return int64_t{sizeof(double)} * (values > t.threads ? values : t.threads);
+  const int64_t values = sums > t.threads ? sums : t.threads;
+  const int64_t centers = t.group_channels * int64_t{sizeof(typename Reducer::Center)};
+  return centers > values * int64_t{sizeof(double)} ? centers : values * int64_t{sizeof(double)};
 }
 
 // A coefficient per column of the group, or per channel.
-inline int64_t map_memory(const Tiling& t, int lanes, int64_t coefficients) {
-  return int64_t{sizeof(double)} * coefficients *
+template <class Map>
+int64_t map_memory(const Tiling& t) {
+  constexpr int lanes = kLanes<typename Map::Storage>;
+  return int64_t{sizeof(typename Map::Math)} * Map::kCoefficients *
          (t.traversal == Traversal::planes ? 1 : int64_t{t.vectors} * lanes);
 }
 

@@ -3,7 +3,7 @@
 //
 // A Map has kInputs tensors of Storage, output(), kCoefficients per channel, and
 //   coefficients(channel, owner, values)   into values[k]; owner: one thread of the grid per channel
-//   value(inputs, coefficients)            of one element
+//   values(inputs, coefficients, out)      of a vector; coefficient k of a lane is coefficients(k, lane)
 #pragma once
 
 #include "cuda/tensors.cuh"
@@ -24,14 +24,13 @@ template <class Map, class Coefficient>
 BNEXT_DEVICE Vector16 map_vector(const Map& map, const Vector16 (&raw)[Map::kInputs],
                                  Coefficient coefficient) {
   using T = typename Map::Storage;
-  typename Map::Math out[kLanes<T>];
+  typename Map::Math values[Map::kInputs][kLanes<T>], out[kLanes<T>];
   BNEXT_UNROLL
-  for (int lane = 0; lane < kLanes<T>; ++lane) {
-    typename Map::Math values[Map::kInputs];
+  for (int i = 0; i < Map::kInputs; ++i) {
     BNEXT_UNROLL
-    for (int i = 0; i < Map::kInputs; ++i) values[i] = element<T>(raw[i], lane);
-    out[lane] = map.value(values, [&](int k) { return coefficient(k, lane); });
+    for (int lane = 0; lane < kLanes<T>; ++lane) values[i][lane] = element<T>(raw[i], lane);
   }
+  map.values(values, coefficient, out);
   return pack<T>(out);
 }
 

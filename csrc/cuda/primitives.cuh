@@ -21,6 +21,7 @@
 #define BNEXT_KERNEL(threads, blocks) __global__ void __launch_bounds__(threads, blocks)
 #define BNEXT_PARAMETER __grid_constant__
 #define BNEXT_UNROLL _Pragma("unroll")
+#define BNEXT_NO_UNROLL _Pragma("unroll 1")
 #else
 #include <algorithm>
 #include <stdexcept>
@@ -30,6 +31,7 @@
 #define BNEXT_KERNEL(threads, blocks) inline void
 #define BNEXT_PARAMETER
 #define BNEXT_UNROLL
+#define BNEXT_NO_UNROLL
 #endif
 
 namespace bnext::cuda {

@@ -3,12 +3,10 @@
 // nothing.
 //
 // A Reducer holds kInputs tensors of Storage and has
-//   Math center(channel)         the value that deviations are taken from
-//   Centers                      those of a vector: set(lane, center), at(lane), and fill(), a vector that
-//   adds
-//                                nothing
-//   add(sums, values, center)    a batch of elements of one channel
-//   fold(channel, sums)          what follows once per channel
+//   Center center(channel)       the value that deviations are taken from, and what else a channel's elements
+//   need Centers                      those of a vector: set(lane, center), at(lane); fill(): a vector that
+//   adds nothing add(sums, values, center)    a batch of elements of one channel fold(channel, sums) what
+//   follows once per channel
 #pragma once
 
 #include "cuda/sums.cuh"
@@ -82,19 +80,25 @@ BNEXT_DEVICE void add_columns(const Reducer& reducer, const Vector16 (&raw)[Redu
   }
 }
 
+// Elements of a run that are summed before their sums are added in double; of doubles, whose registers are
+// twice as many, half.
+template <class T>
+constexpr int kRunBatch = sizeof(T) == 8 ? 4 : 8;
+
 // The same of one channel: all lanes into one.
 template <class Reducer, int kVectors>
 BNEXT_DEVICE void add_run(const Reducer& reducer, const Vector16 (&raw)[Reducer::kInputs][kVectors],
-                          typename Reducer::Math center, Sums& sums) {
+                          const typename Reducer::Center& center, Sums& sums) {
   using T = typename Reducer::Storage;
-  constexpr int kTogether = 8 / kLanes<T>;  // vectors of a batch of eight
+  constexpr int kBatch = kRunBatch<T>, kTogether = kBatch / kLanes<T>;  // elements and vectors of a batch
   BNEXT_UNROLL
   for (int first = 0; first < kVectors; first += kTogether) {
-    typename Reducer::Math values[Reducer::kInputs][8];
+    typename Reducer::Math values[Reducer::kInputs][kBatch];
     BNEXT_UNROLL
     for (int i = 0; i < Reducer::kInputs; ++i) {
       BNEXT_UNROLL
-      for (int k = 0; k < 8; ++k) values[i][k] = element<T>(raw[i][first + k / kLanes<T>], k % kLanes<T>);
+      for (int k = 0; k < kBatch; ++k)
+        values[i][k] = element<T>(raw[i][first + k / kLanes<T>], k % kLanes<T>);
     }
     reducer.add(sums, values, center);
   }
@@ -103,8 +107,8 @@ BNEXT_DEVICE void add_run(const Reducer& reducer, const Vector16 (&raw)[Reducer:
 template <class Reducer>
 BNEXT_DEVICE void reduce_rows(const Reduction& r, Reducer& reducer) {
   using T = typename Reducer::Storage;
-  using Math = typename Reducer::Math;
-  constexpr int kCount = kLanes<T>, kVectors = Reducer::kVectors, kFew = 2;
+  using Center = typename Reducer::Center;
+  constexpr int kCount = kLanes<T>, kVectors = Reducer::kVectors, kFew = kVectors < 2 ? kVectors : 2;
   const Tiling& t = r.tiling;
   const unsigned groups = static_cast<unsigned>(t.groups);
   const int64_t group = block_index() % groups, chunk = block_index() / groups;
@@ -119,7 +123,7 @@ BNEXT_DEVICE void reduce_rows(const Reduction& r, Reducer& reducer) {
 
   double* const memory = reinterpret_cast<double*>(block_memory());
   {
-    Math* const centers = reinterpret_cast<Math*>(memory);  // [channel of the group]
+    auto* const centers = reinterpret_cast<Center*>(memory);  // [channel of the group]
     for (int k = index; k < channels; k += threads) centers[k] = reducer.center(first_channel + k);
     sync_block();
   }
@@ -127,7 +131,7 @@ BNEXT_DEVICE void reduce_rows(const Reduction& r, Reducer& reducer) {
   BNEXT_UNROLL
   for (int lane = 0; lane < kCount; ++lane) {
     const int k = lane < lanes ? (column * kCount + lane) / static_cast<int>(inner) % channels : -1;
-    centers.set(lane, k < 0 ? Math{0} : reinterpret_cast<const Math*>(memory)[k]);
+    centers.set(lane, k < 0 ? Center{} : reinterpret_cast<const Center*>(memory)[k]);
   }
   sync_block();
 
@@ -146,30 +150,30 @@ BNEXT_DEVICE void reduce_rows(const Reduction& r, Reducer& reducer) {
   };
   int64_t at = begin + row;
   if (r.aligned && lanes == kCount) {
-    for (; at + (kVectors - 1) * height < end; at += kVectors * height) {
+    BNEXT_NO_UNROLL
+    for (; at < end; at += kVectors * height) {
       const int64_t e = at * t.row_length + base;
-      batch(Vectors<kVectors>{},
-            [&](int i, int u) { return reducer.input(i).template load<Reuse::yes>(e + u * stride); });
-    }
-    if (at < end) {
-      const int64_t e = at * t.row_length + base;
+      const int left = static_cast<int>(min_of<int64_t>(end - at, kVectors * height));
       batch(Vectors<kVectors>{}, [&](int i, int u) {
-        return at + u * height < end ? reducer.input(i).template load<Reuse::yes>(e + u * stride)
-                                     : centers.fill();
+        return u * height < left ? reducer.input(i).template load<Reuse::yes>(e + u * stride)
+                                 : centers.fill();
       });
-      while (at < end) at += height;
     }
-  }
-  if (lanes > 0) {
-    // The last row of the matrix may be short.
-    const int64_t stop = chunk == t.chunks - 1 ? t.rows + 1 : end;
-    for (; at < stop; at += kFew * height) {
+  } else if (lanes > 0) {
+    for (; at < end; at += kFew * height) {
       const int64_t e = at * t.row_length + base;
       batch(Vectors<kFew>{}, [&](int i, int u) {
-        const int high = at + u * height < stop ? lanes : 0;
+        const int high = at + u * height < end ? lanes : 0;
         return reducer.input(i).template load_any<Reuse::yes>(e + u * stride, 0, high, centers.fill());
       });
     }
+  }
+  // What is left of the matrix is less than a row.
+  if (chunk == t.chunks - 1 && row == 0 && lanes > 0 && t.rows * t.row_length < r.extent.numel()) {
+    batch(Vectors<1>{}, [&](int i, int) {
+      return reducer.input(i).template load_any<Reuse::yes>(t.rows * t.row_length + base, 0, lanes,
+                                                            centers.fill());
+    });
   }
 
   // Columns of a group lie lane by lane, [lane][vector].
@@ -215,15 +219,17 @@ BNEXT_DEVICE void reduce_rows(const Reduction& r, Reducer& reducer) {
 template <class Reducer>
 BNEXT_DEVICE void reduce_planes(const Reduction& r, Reducer& reducer) {
   using T = typename Reducer::Storage;
-  using Math = typename Reducer::Math;
-  constexpr int kCount = kLanes<T>, kVectors = Reducer::kVectors, kFew = 8 / kCount > 2 ? 8 / kCount : 2;
+  using Center = typename Reducer::Center;
+  constexpr int kCount = kLanes<T>, kTogether = kRunBatch<T> / kCount;  // vectors of a batch
+  constexpr int kVectors = Reducer::kVectors > kTogether ? Reducer::kVectors : kTogether;
+  constexpr int kFew = kTogether > 2 ? kTogether : 2;
   const Tiling& t = r.tiling;
   const unsigned groups = static_cast<unsigned>(t.groups);
   const int64_t channel = block_index() % groups, chunk = block_index() / groups;
   const int64_t inner = r.extent.inner, threads = thread_count();
   const int64_t begin = chunk * t.chunk, end = min_of(begin + t.chunk, t.rows * t.vectors);
 
-  const Math center = reducer.center(channel);
+  const Center center = reducer.center(channel);
   typename Reducer::Centers centers;
   BNEXT_UNROLL
   for (int lane = 0; lane < kCount; ++lane) centers.set(lane, center);
@@ -243,12 +249,7 @@ BNEXT_DEVICE void reduce_planes(const Reduction& r, Reducer& reducer) {
     at += kCountOf * threads;
   };
   if (r.aligned) {
-    while (at + (kVectors - 1) * threads < end) {
-      batch(Vectors<kVectors>{}, [&](int i, int, int64_t run) {
-        return reducer.input(i).template load<Reuse::yes>(run + walk.vector * kCount);
-      });
-    }
-    if (at < end) {
+    while (at < end) {
       batch(Vectors<kVectors>{}, [&](int i, int u, int64_t run) {
         return at + u * threads < end ? reducer.input(i).template load<Reuse::yes>(run + walk.vector * kCount)
                                       : centers.fill();

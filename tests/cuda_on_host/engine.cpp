@@ -36,7 +36,8 @@ struct Call {
   int64_t order, seed, resident_blocks;
   int64_t multiprocessors, block_threads, l2;
   int64_t skip_barrier, early_arrival, displace_stores;
-  double eps, momentum;
+  int64_t activation;  // as in activation.h
+  double eps, momentum, activation_param;
 };
 
 constexpr size_t kGuard = 256;  // bytes
@@ -170,6 +171,7 @@ void make(const Call& call, std::istream& in, std::ostream& out) {
   forward.cumulative = call.cumulative != 0;
   forward.batch_statistics = call.training != 0;
   forward.unbiased_running_var = call.unbiased != 0;
+  forward.activation = {static_cast<Activation>(call.activation), call.activation_param};
   const uint64_t launches_before = model::statistics().launches;
   const Pass forward_pass = call.training != 0 ? Pass::forward : Pass::inference;
   with_workspace(forward, make_plan({extent, dtype, forward_pass}, device, cuda::aligned(forward)),
@@ -184,6 +186,8 @@ void make(const Call& call, std::istream& in, std::ostream& out) {
     backward.dy = data(dy);
     backward.dx = data(dx);
     backward.weight = vector(weight);
+    backward.bias = vector(bias);
+    backward.activation = forward.activation;
     backward.mean = forward.mean;
     backward.invstd = forward.invstd;
     backward.dweight = data(dweight);

@@ -1,0 +1,154 @@
+// Activations of a fused layer, host and device: names, values and gradients, each formula once.
+//
+// The formulas are templates over V, which is float, double or a GCC vector of either, and A, its element.
+// `kind` is meant to be uniform over a loop. Elementary gives static exp, expm1, erf and tanh of a V.
+//
+// NaN, infinities and kinks are those of torch's own functions on one element (its vector and scalar code
+// disagree in the gradient at NaN of relu6, elu and hardswish: it is dy here). An activation that selects
+// must not multiply instead: 0 * infinity is not the 0 that torch gives.
+#pragma once
+
+#include <cmath>
+
+#include "storage.h"
+
+namespace bnext {
+
+enum class Activation : uint8_t { none, relu, leaky_relu, relu6, silu, gelu, elu, hardswish, sigmoid, tanh };
+
+struct ActivationEntry {
+  const char* name;
+  bool takes_parameter;
+  double parameter;  // torch's default; 0 where none is taken
+};
+
+// In the order of Activation. leaky_relu's parameter is its slope below 0, elu's is minus its limit at
+// -infinity; gelu is the one by erf, torch's approximate='none'.
+constexpr ActivationEntry kActivations[] = {
+    {"none", false, 0},    {"relu", false, 0}, {"leaky_relu", true, 0.01}, {"relu6", false, 0},
+    {"silu", false, 0},    {"gelu", false, 0}, {"elu", true, 1},           {"hardswish", false, 0},
+    {"sigmoid", false, 0}, {"tanh", false, 0},
+};
+constexpr int kActivationCount = sizeof kActivations / sizeof kActivations[0];
+static_assert(kActivationCount == static_cast<int>(Activation::tanh) + 1);
+
+constexpr const ActivationEntry& activation_entry(Activation kind) {
+  return kActivations[static_cast<int>(kind)];
+}
+constexpr const char* activation_name(Activation kind) { return activation_entry(kind).name; }
+
+// The Activation's number, or -1 if none has this name. Without <string_view>: the tile files include this
+// after they have set their target.
+constexpr int find_activation(const char* name) {
+  for (int i = 0; i < kActivationCount; ++i) {
+    const char* a = name;
+    const char* b = kActivations[i].name;
+    while (*a != 0 && *a == *b) ++a, ++b;
+    if (*a == *b) return i;
+  }
+  return -1;
+}
+
+struct ScalarElementary {
+  template <class A>
+  BNEXT_HOST_DEVICE static A exp(A z) {
+    return std::exp(z);
+  }
+  template <class A>
+  BNEXT_HOST_DEVICE static A expm1(A z) {
+    return std::expm1(z);
+  }
+  template <class A>
+  BNEXT_HOST_DEVICE static A erf(A z) {
+    return std::erf(z);
+  }
+  template <class A>
+  BNEXT_HOST_DEVICE static A tanh(A z) {
+    return std::tanh(z);
+  }
+};
+
+// Kept inside [0, 6]; NaN and -0 pass.
+template <class A, class V>
+BNEXT_HOST_DEVICE V clamp_to_six(const V& z) {
+  const V above = z < V{} ? V{} : z;
+  return above > V{} + A(6) ? V{} + A(6) : above;
+}
+
+template <class Elementary, class A, class V>
+BNEXT_HOST_DEVICE V logistic(const V& z) {
+  return A(1) / (A(1) + Elementary::exp(-z));
+}
+
+// The standard normal distribution up to z.
+template <class Elementary, class A, class V>
+BNEXT_HOST_DEVICE V normal_cdf(const V& z) {
+  return A(0.5) * (A(1) + Elementary::erf(z * A(0.70710678118654752440)));  // sqrt(1/2)
+}
+
+template <class Elementary, class V, class A>
+BNEXT_HOST_DEVICE V activate(Activation kind, A param, const V& z) {
+  switch (kind) {
+    case Activation::relu:
+      return z < V{} ? V{} : z;
+    case Activation::leaky_relu:
+      return z > V{} ? z : z * param;
+    case Activation::relu6:
+      return clamp_to_six<A>(z);
+    case Activation::silu:
+      return z / (A(1) + Elementary::exp(-z));
+    case Activation::gelu:
+      return z * normal_cdf<Elementary, A>(z);
+    case Activation::elu:
+      return z > V{} ? z : Elementary::expm1(z) * param;
+    case Activation::hardswish:
+      return z * clamp_to_six<A>(V(z + A(3))) / A(6);
+    case Activation::sigmoid:
+      return logistic<Elementary, A>(z);
+    case Activation::tanh:
+      return Elementary::tanh(z);
+    default:
+      return z;
+  }
+}
+
+// dz, from dy and the z that activate was given.
+template <class Elementary, class V, class A>
+BNEXT_HOST_DEVICE V activation_grad(Activation kind, A param, const V& dy, const V& z) {
+  switch (kind) {
+    case Activation::relu:
+      return z <= V{} ? V{} : dy;
+    case Activation::leaky_relu:
+      return z > V{} ? dy : dy * param;
+    case Activation::relu6: {
+      const V below_six = z >= V{} + A(6) ? V{} : dy;
+      return z <= V{} ? V{} : below_six;
+    }
+    case Activation::silu: {
+      const V s = logistic<Elementary, A>(z);
+      return dy * (s * (A(1) + z * (A(1) - s)));
+    }
+    case Activation::gelu: {
+      const V density = Elementary::exp(z * z * A(-0.5)) * A(0.39894228040143267794);  // 1/sqrt(2 pi)
+      return dy * (normal_cdf<Elementary, A>(z) + z * density);
+    }
+    case Activation::elu:
+      return z <= V{} ? dy * param * Elementary::exp(z) : dy;
+    case Activation::hardswish: {
+      const V below_three = z < V{} + A(3) ? dy * (z / A(3) + A(0.5)) : dy;
+      return z <= V{} - A(3) ? V{} : below_three;
+    }
+    case Activation::sigmoid: {
+      const V s = logistic<Elementary, A>(z);
+      return dy * (s * (A(1) - s));
+    }
+    case Activation::tanh: {
+      const V t = Elementary::tanh(z);
+      return dy * (A(1) - t * t);
+    }
+    default:
+      return dy;
+  }
+}
+
+}  // namespace bnext

@@ -1,0 +1,281 @@
+"""Layers with an activation: arguments, repr and state, errors, and what torch's tools make of the operators."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, fx, nn
+from torch.library import opcheck
+
+import bnext
+from bnext.functional import ACTIVATIONS, batch_norm
+from cases import (
+    ACTIVE,
+    BFLOAT16_WITH_FLOAT32,
+    EVAL,
+    FLOAT32,
+    FLOAT64,
+    LAYOUT,
+    MODES,
+    TRAIN,
+    Active,
+    Dtypes,
+    Mode,
+)
+from problem import make_active
+from test_ops import BACKWARD, FORWARD, backward_arguments, forward_arguments
+
+# Ours, torch's, and an input for both.
+PAIRS = {
+    "1d": (bnext.BatchNorm1d, nn.BatchNorm1d, (16, 5)),
+    "2d": (bnext.BatchNorm2d, nn.BatchNorm2d, (4, 5, 6, 7)),
+    "3d": (bnext.BatchNorm3d, nn.BatchNorm3d, (2, 5, 3, 4, 5)),
+}
+Pair = tuple[type[nn.Module], type[nn.Module], tuple[int, ...]]
+every_pair = pytest.mark.parametrize("pair", PAIRS.values(), ids=PAIRS.keys())
+every_active = pytest.mark.parametrize("active", ACTIVE, ids=str)
+ELU = Active("elu", 0.5)
+# Written in the loops, called by them, called with a parameter.
+KINDS = [Active("relu"), Active("silu"), ELU]
+every_kind = pytest.mark.parametrize("active", KINDS, ids=str)
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def layer_of(pair: Pair, active: Active, training: bool = True, **options: Any) -> nn.Module:
+    torch.manual_seed(3)
+    layer = pair[0](
+        5, activation=active.activation, activation_param=active.activation_param, **options
+    ).train(training)
+    for tensor in (layer.weight, layer.bias, layer.running_mean):
+        nn.init.normal_(tensor)
+    return layer
+
+
+def input_of(pair: Pair, dtype: torch.dtype = torch.float32) -> Tensor:
+    torch.manual_seed(4)
+    return torch.randn(pair[2], dtype=dtype) * 2 + 1
+
+
+def step(call: Any, layer: nn.Module, x: Tensor) -> list[Tensor]:
+    """y, gradients and buffers of one training step."""
+    x = x.clone().requires_grad_()
+    layer.zero_grad()
+    y = call(x)
+    (y * torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y)).sum().backward()
+    tensors = [y, x.grad, *(p.grad for p in layer.parameters()), *layer.buffers()]
+    return [tensor.detach().clone() for tensor in tensors]
+
+
+def assert_same_bits(first: list[Tensor], second: list[Tensor]) -> None:
+    for index, (one, other) in enumerate(zip(first, second, strict=True)):
+        assert torch.equal(one, other), index
+
+
+@every_active
+@every_pair
+def test_same_as_torchs_layers(pair: Pair, active: Active) -> None:
+    """A hundred roundings of values below 100; in training, eval and training again."""
+
+    class Act(nn.Module):
+        def forward(self, z: Tensor) -> Tensor:
+            return active.of(z)
+
+    ours = layer_of(pair, active, dtype=torch.float64)
+    theirs = nn.Sequential(pair[1](5, dtype=torch.float64), Act())
+    theirs[0].load_state_dict(ours.state_dict())
+    x = input_of(pair, torch.float64)
+    for training in (True, False, True):
+        ours.train(training), theirs.train(training)
+        torch.testing.assert_close(step(ours, ours, x), step(theirs, theirs, x), rtol=1e-11, atol=1e-12)
+
+
+@every_pair
+def test_repr(pair: Pair) -> None:
+    plain = repr(pair[1](5))[:-1]
+    assert repr(pair[0](5, activation="relu")) == plain + ", activation=relu)"
+    layer = pair[0](5, unbiased_running_var=False, activation="elu", activation_param=0.5)
+    assert repr(layer) == plain + ", unbiased_running_var=False, activation=elu, activation_param=0.5)"
+
+
+def through_pickle(layer: nn.Module) -> nn.Module:
+    return pickle.loads(pickle.dumps(layer))
+
+
+def through_save(layer: nn.Module) -> nn.Module:
+    file = io.BytesIO()
+    torch.save(layer, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, copy.copy, through_pickle, through_save])
+@every_pair
+def test_copies(pair: Pair, copied: Callable[[nn.Module], nn.Module]) -> None:
+    ours = layer_of(pair, ELU, training=False)
+    other = copied(ours)
+    assert repr(other) == repr(ours)
+    assert torch.equal(other(input_of(pair)), ours(input_of(pair)))
+
+
+@every_pair
+def test_pickles_from_before_there_were_activations(pair: Pair) -> None:
+    state = copy.deepcopy(layer_of(pair, Active("relu")).__dict__)
+    del state["activation"], state["activation_param"]
+    layer = pair[0].__new__(pair[0])
+    layer.__setstate__(state)
+    assert layer.activation is None and layer.activation_param is None
+    twin = pair[0](5)
+    twin.load_state_dict(layer.state_dict())
+    assert torch.equal(layer(input_of(pair)), twin(input_of(pair)))
+
+
+@every_pair
+def test_state_dicts_both_ways(pair: Pair) -> None:
+    """The activation is no state: the same keys, and either loads what the other saved."""
+    ours, theirs = layer_of(pair, ELU), pair[1](5)
+    ours(input_of(pair))
+    assert list(ours.state_dict()) == list(theirs.state_dict())
+    theirs.load_state_dict(ours.state_dict())
+    fresh = pair[0](5, activation="elu", activation_param=0.5)
+    fresh.load_state_dict(theirs.state_dict())
+    for name, tensor in fresh.state_dict().items():
+        assert torch.equal(tensor, ours.state_dict()[name]), name
+    fresh.eval(), ours.eval()
+    assert torch.equal(fresh(input_of(pair)), ours(input_of(pair)))
+
+
+def test_the_attribute_may_be_set() -> None:
+    layer = bnext.BatchNorm2d(5)
+    layer.activation = "relu"
+    assert not (layer(input_of(PAIRS["2d"])) < 0).any()
+
+
+KNOWN = ", ".join(ACTIVATIONS)
+WRONG: dict[str, tuple[str | None, float | None, str]] = {
+    "unknown": ("swish", None, f"expected activation one of {KNOWN} or None, but got swish"),
+    "of a class": ("ReLU", None, f"expected activation one of {KNOWN} or None, but got ReLU"),
+    "empty": ("", None, f"expected activation one of {KNOWN} or None, but got "),
+    "none as text": ("none", None, f"expected activation one of {KNOWN} or None, but got none"),
+    "parameter": (
+        "relu",
+        0.1,
+        "expected activation_param with leaky_relu or elu only, but got 0.1 with relu",
+    ),
+    "no activation": (
+        None,
+        1.0,
+        "expected activation_param with leaky_relu or elu only, but got 1.0 with None",
+    ),
+    "both": ("swish", 0.1, f"expected activation one of {KNOWN} or None, but got swish"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_what_is_refused(case: str) -> None:
+    """By the constructor and by the operator, forward and backward, in the same words; nothing is touched."""
+    activation, param, text = WRONG[case]
+    mean, counter, x = torch.zeros(3), torch.tensor(0), torch.randn(4, 3)
+    stats = torch.ones(2, 3, dtype=torch.float64)
+    given: dict[str, Any] = {"activation": activation, "activation_param": param}
+    calls: list[Callable[[], object]] = [
+        lambda: bnext.BatchNorm1d(3, **given),
+        lambda: batch_norm(x, mean, mean + 1, training=True, num_batches_tracked=counter, **given),
+        lambda: BACKWARD(x, x, None, None, stats, True, activation, param, [True] * 3),
+    ]
+    for call in calls:
+        with pytest.raises(ValueError) as caught:
+            call()
+        assert str(caught.value) == text
+    assert counter == 0 and not mean.any()
+
+
+def test_the_backward_operator_checks_the_bias() -> None:
+    x, stats = torch.ones(2, 3), torch.ones(2, 3, dtype=torch.float64)
+    with pytest.raises(RuntimeError, match="bias should contain 3 elements not 2"):
+        BACKWARD(x, x, None, torch.ones(2), stats, True, "relu", None, [True] * 3)
+
+
+@pytest.mark.parametrize("mode", MODES, ids=str)
+@pytest.mark.parametrize("shape", [(0, 3), (2, 3, 0, 4)], ids=str)
+def test_empty(shape: tuple[int, ...], mode: Mode, device: str) -> None:
+    problem = make_active(
+        KINDS[1], shape, LAYOUT["nc" if len(shape) == 2 else "nchw"], FLOAT32, mode, device=device
+    )
+    leaves = problem.require_grad()
+    y = problem.forward()
+    dx, dweight, dbias = torch.autograd.grad(y.sum(), leaves)
+    assert y.shape == dx.shape == shape
+    assert not dweight.any() and not dbias.any()
+
+
+def test_keywords_only() -> None:
+    with pytest.raises(TypeError, match="positional"):
+        bnext.BatchNorm1d(3, 1e-5, 0.1, True, True, None, None, "relu")
+
+
+@every_active
+@pytest.mark.parametrize("training", [True, False])
+def test_compiled_without_a_break(training: bool, active: Active) -> None:
+    eager, compiled = (layer_of(PAIRS["2d"], active, training) for _ in range(2))
+    call = torch.compile(compiled, fullgraph=True, backend="aot_eager")
+    x = input_of(PAIRS["2d"])
+    assert_same_bits(step(call, compiled, x), step(eager, eager, x))
+
+
+def test_compiled_by_inductor() -> None:
+    eager, compiled = (layer_of(PAIRS["2d"], ELU) for _ in range(2))
+    call = torch.compile(compiled, fullgraph=True)
+    x = input_of(PAIRS["2d"])
+    assert_same_bits(step(call, compiled, x), step(eager, eager, x))
+
+
+@every_kind
+@pytest.mark.parametrize("training", [True, False])
+def test_export_and_symbolic_trace(training: bool, active: Active) -> None:
+    """One operator, the activation within."""
+    pair, x = PAIRS["2d"], input_of(PAIRS["2d"])
+    program = torch.export.export(layer_of(pair, active, training), (x,))
+    calls = [node.target for node in program.graph.nodes if node.op == "call_function"]
+    assert calls[0] == FORWARD
+    assert [call.__name__ for call in calls[1:]] == ["getitem"] * (len(calls) - 1)
+    traced = fx.symbolic_trace(layer_of(pair, active, training))
+    for call in (program.module(), traced):
+        assert torch.equal(call(x), layer_of(pair, active, training)(x))
+
+
+OPCHECK_CASES = [
+    ("nchw", FLOAT32, TRAIN, KINDS[0]),
+    ("nhwc", FLOAT32, EVAL, KINDS[1]),
+    ("nc", FLOAT64, TRAIN, KINDS[2]),
+    ("nhwc", BFLOAT16_WITH_FLOAT32, TRAIN, KINDS[1]),
+]
+
+
+@pytest.mark.parametrize(("layout", "dtypes", "mode", "active"), OPCHECK_CASES, ids=str)
+def test_opcheck(layout: str, dtypes: Dtypes, mode: Mode, active: Active, device: str) -> None:
+    """As in test_ops; kinks are as far off as in any random problem."""
+    shape = (12, 5) if layout == "nc" else (3, 5, 4, 5)
+    problem = make_active(active, shape, LAYOUT[layout], dtypes, mode, device=device)
+    opcheck(BACKWARD, backward_arguments(problem))
+    problem.require_grad()
+    opcheck(FORWARD, forward_arguments(problem))
+
+
+@every_kind
+def test_checkpointing(active: Active) -> None:
+    plain, checkpointed = (layer_of(PAIRS["2d"], active, training=False) for _ in range(2))
+    x = input_of(PAIRS["2d"])
+    call = lambda t: torch.utils.checkpoint.checkpoint(checkpointed, t, use_reentrant=False)  # noqa: E731
+    assert_same_bits(step(call, checkpointed, x), step(plain, plain, x))
