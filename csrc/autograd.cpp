@@ -18,6 +18,22 @@ using torch::autograd::SavedVariable;
 using torch::autograd::Variable;
 using torch::autograd::variable_list;
 
+// Nodes belong to shared pointers up to torch 2.11, to intrusive ones later; an edge tells.
+template <class N>
+using Held = std::conditional_t<
+    std::is_same_v<decltype(torch::autograd::Edge::function), std::shared_ptr<torch::autograd::Node>>,
+    std::shared_ptr<N>, c10::intrusive_ptr<N>>;
+
+template <class N, class... Arguments>
+Held<N> make_node(Arguments&&... arguments) {
+  if constexpr (std::is_same_v<Held<N>, std::shared_ptr<N>>) {
+    // torch's own deleter, found by the base class: it takes a long graph apart without recursion.
+    return Held<N>(new N(std::forward<Arguments>(arguments)...), [](N* node) { deleteNode(node); });
+  } else {
+    return c10::make_intrusive<N>(std::forward<Arguments>(arguments)...);
+  }
+}
+
 bool requires_grad(const OptionalTensor& t) { return present(t) && t->requires_grad(); }
 
 // In torch's words. Without it a tangent would be dropped in silence.
@@ -166,10 +182,9 @@ ForwardResult batch_norm_autograd(const at::Tensor& x, const OptionalTensor& wei
     TORCH_CHECK(!requires_grad(t), name, " is not differentiable: it cannot have requires_grad=True");
   }
   refuse_forward_mode(x, weight, bias);
-  c10::intrusive_ptr<BatchNormNode> node;
+  Held<BatchNormNode> node;
   if (at::GradMode::is_enabled() && (x.requires_grad() || requires_grad(weight) || requires_grad(bias))) {
-    node = c10::make_intrusive<BatchNormNode>(x, weight, bias, training,
-                                              SavedActivation(activation, activation_param));
+    node = make_node<BatchNormNode>(x, weight, bias, training, SavedActivation(activation, activation_param));
   }
   ForwardResult result;
   {
@@ -197,11 +212,11 @@ BackwardResult batch_norm_backward_autograd(const at::Tensor& dy, const at::Tens
                                             std::optional<double> activation_param,
                                             std::array<bool, 3> output_mask) {
   refuse_forward_mode(dy, x, weight, bias);
-  c10::intrusive_ptr<BatchNormBackwardNode> node;
+  Held<BatchNormBackwardNode> node;
   if (at::GradMode::is_enabled() &&
       (dy.requires_grad() || x.requires_grad() || requires_grad(weight) || requires_grad(bias))) {
-    node = c10::make_intrusive<BatchNormBackwardNode>(dy, x, weight, bias, stats, training,
-                                                      SavedActivation(activation, activation_param));
+    node = make_node<BatchNormBackwardNode>(dy, x, weight, bias, stats, training,
+                                            SavedActivation(activation, activation_param));
   }
   BackwardResult result;
   {
