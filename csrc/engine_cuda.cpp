@@ -16,22 +16,16 @@
 
 namespace bnext {
 
-#if !BNEXT_CUDA
+#if !(BNEXT_CUDA && BNEXT_TORCH_CUDA)
+
+#if BNEXT_CUDA  // the kernels are there; a torch that makes tensors for them is not
+constexpr char kMissing[] = "built beside a torch without CUDA";
+#else
+constexpr char kMissing[] = "built without its CUDA kernels (" BNEXT_CUDA_REASON ")";
+#endif
 
 void require_cuda_engine(c10::Device device) {
-  TORCH_CHECK(false, "expected input on the CPU, but got one on ", device,
-              ": bnext was built without its CUDA kernels (", BNEXT_CUDA_REASON, ")");
-}
-
-void run_cuda(const ForwardArgs&, Pass, c10::Device device) { require_cuda_engine(device); }
-void run_cuda(const BackwardArgs&, Pass, c10::Device device) { require_cuda_engine(device); }
-
-#elif !BNEXT_TORCH_CUDA
-
-// The kernels are built and linked; a torch that makes tensors for them is what is missing.
-void require_cuda_engine(c10::Device device) {
-  TORCH_CHECK(false, "expected input on the CPU, but got one on ", device,
-              ": bnext was built beside a torch without CUDA");
+  TORCH_CHECK(false, "expected input on the CPU, but got one on ", device, ": bnext was ", kMissing);
 }
 
 void run_cuda(const ForwardArgs&, Pass, c10::Device device) { require_cuda_engine(device); }

@@ -1,10 +1,10 @@
 // The mathematics of batch normalization, host and device, each formula once.
 //
 // Per channel with n elements:   mean = sum(x)/n,  var = sum((x-mean)^2)/n,  invstd = 1/sqrt(var + eps)
-//   y  = (x - mean) * invstd * weight + bias
-//   dx = invstd * weight * (dz - sum(dz)/n - (x - mean) * invstd^2 * sum(dz*(x-mean))/n)       (batch
-//   statistics) dx = invstd * weight * dz                                                              (fixed
-//   statistics) dweight = invstd * sum(dz*(x-mean)),  dbias = sum(dz)
+// - y = (x - mean) * invstd * weight + bias
+// - dweight = invstd * sum(dz*(x-mean)), dbias = sum(dz)
+// - dx with batch statistics: invstd * weight * (dz - sum(dz)/n - (x - mean) * invstd^2 * sum(dz*(x-mean))/n)
+// - dx with fixed statistics: invstd * weight * dz
 //
 // Element loops work with a `center` in opmath that lies within rounding of the mean, so that x - center is
 // exact where it matters; what the center lacks (mean - center) goes into the constant term in double. The

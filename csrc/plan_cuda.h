@@ -26,12 +26,10 @@ struct Device {
 enum class Engine : uint8_t { streaming };
 
 // How one kernel walks the tensor.
-//   rows:   a matrix of `rows` whole rows; a block takes `vectors` of a row's vectors and, with `height`
-//   threads
-//           to a column, `chunk` rows. A thread stays in its column.
-//   planes: a group is a channel; its vectors are numbered run by run, `vectors` to a run (one more than fill
-//   it
-//           where runs begin inside a vector), and a block takes `chunk` of them.
+// - rows: a matrix of `rows` whole rows. A block takes `vectors` of a row's vectors and `chunk` rows, with
+//   `height` threads to a column. A thread stays in its column.
+// - planes: a group is a channel. Its vectors are numbered run by run, `vectors` to a run (one more than fill
+//   it where runs begin inside a vector), and a block takes `chunk` of them.
 struct Tiling {
   Traversal traversal = Traversal::planes;
   int threads = 0;             // of a block: whole warps

@@ -11,7 +11,7 @@ namespace bnext::cuda {
 
 inline void require(const char* name, cudaError_t error) {
   if (error != cudaSuccess) {
-    throw std::runtime_error(std::string(name) + ": launch failed: " + cudaGetErrorString(error));
+    throw std::runtime_error(std::string(name) + ": " + cudaGetErrorString(error));
   }
 }
 
@@ -48,9 +48,7 @@ inline bool on_boundary(const void* p) { return reinterpret_cast<uintptr_t>(p) %
 
 // Whether vectors of this tiling all lie on boundaries in a tensor that begins on one.
 inline bool whole_vectors(const Tiling& t, int lanes) {
-  const bool groups_do = t.traversal == Traversal::planes || t.groups == 1 || t.group_width % lanes == 0;
-  return groups_do && t.row_length % lanes == 0 &&
-         (t.traversal == Traversal::rows || t.group_width % lanes == 0);
+  return t.row_length % lanes == 0 && t.group_width % lanes == 0;
 }
 
 inline Reduction reduction_of(const Plan& plan, int lanes, bool aligned, const Workspace& workspace) {

@@ -3,10 +3,10 @@
 // nothing.
 //
 // A Reducer holds kInputs tensors of Storage and has
-//   Center center(channel)       the value that deviations are taken from, and what else a channel's elements
-//   need Centers                      those of a vector: set(lane, center), at(lane); fill(): a vector that
-//   adds nothing add(sums, values, center)    a batch of elements of one channel fold(channel, sums) what
-//   follows once per channel
+// - Center center(channel): what deviations are taken from, and what else elements of the channel need;
+// - Centers, those of a vector: set(lane, center), at(lane), and fill(), a vector that adds nothing;
+// - add(sums, values, center), for a batch of elements of one channel;
+// - fold(channel, sums), what follows once per channel.
 #pragma once
 
 #include "cuda/sums.cuh"
