@@ -26,6 +26,14 @@ struct Problem {
   Extent extent;
   Dtype dtype = Dtype::float32;
   Pass pass = Pass::forward;
+  bool residual = false;  // is read: forward to add it, backward to compute the activation's input again
+  bool mask = false;      // is written by forward, read by backward
+
+  constexpr Problem(const Extent& of, Dtype type, Pass kind, bool with_residual = false, bool with_mask = false)
+      : extent(of), dtype(type), pass(kind), residual(with_residual), mask(with_mask) {}
+  template <class Args>
+  Problem(const Args& args, Pass kind)
+      : Problem(args.extent, args.dtype, kind, args.residual != nullptr, args.mask != nullptr) {}
 };
 
 struct Machine {
@@ -64,11 +72,11 @@ struct Plan {
 
 Plan make_plan(const Problem& problem, const Machine& machine);
 
-// What a pass moves, in tensors.
+// What a pass moves, in tensors, and how often the mask.
 struct Traffic {
-  int64_t read_by_reduce, read_by_map, written;
+  int64_t read_by_reduce, read_by_map, written, mask_passes;
 };
-Traffic traffic(Pass pass);
+Traffic traffic(const Problem& problem);
 
 // A single channel is one run whatever the layout says.
 constexpr Extent one_run_if_one_channel(const Extent& e) {

@@ -124,7 +124,7 @@ Tiling rows_map(const Extent& e, int lanes, const Device& device) {
 
 Plan make_plan(const Problem& problem, const Device& device, bool aligned) {
   Plan plan;
-  const Traffic tensors = traffic(problem.pass);
+  const Traffic tensors = traffic(problem);
   plan.extent = one_run_if_one_channel(problem.extent);
   plan.reduces = tensors.read_by_reduce > 0;
   const Extent& e = plan.extent;

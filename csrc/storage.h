@@ -59,6 +59,16 @@ struct SumMath<f16> {
 template <class T>
 using summath_t = typename SumMath<T>::type;
 
+// Bits of a significand, the leading one among them.
+template <class T>
+constexpr int kSignificandBits = 24;
+template <>
+inline constexpr int kSignificandBits<double> = 53;
+template <>
+inline constexpr int kSignificandBits<bf16> = 8;
+template <>
+inline constexpr int kSignificandBits<f16> = 11;
+
 template <class To, class From>
 BNEXT_HOST_DEVICE To bits_as(From from) {
   static_assert(sizeof(To) == sizeof(From));

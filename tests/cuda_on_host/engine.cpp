@@ -174,7 +174,7 @@ void make(const Call& call, std::istream& in, std::ostream& out) {
   forward.activation = {static_cast<Activation>(call.activation), call.activation_param};
   const uint64_t launches_before = model::statistics().launches;
   const Pass forward_pass = call.training != 0 ? Pass::forward : Pass::inference;
-  with_workspace(forward, make_plan({extent, dtype, forward_pass}, device, cuda::aligned(forward)),
+  with_workspace(forward, make_plan(Problem(forward, forward_pass), device, cuda::aligned(forward)),
                  cuda::forward);
 
   const uint64_t launches_between = model::statistics().launches;
@@ -194,7 +194,7 @@ void make(const Call& call, std::istream& in, std::ostream& out) {
     backward.dbias = data(dbias);
     backward.batch_statistics = call.training != 0;
     const Pass backward_pass = call.training != 0 ? Pass::backward : Pass::frozen_backward;
-    with_workspace(backward, make_plan({extent, dtype, backward_pass}, device, cuda::aligned(backward)),
+    with_workspace(backward, make_plan(Problem(backward, backward_pass), device, cuda::aligned(backward)),
                    cuda::backward);
   }
   buffers.require_guards();
