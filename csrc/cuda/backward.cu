@@ -63,6 +63,7 @@ struct GradSumsReducer : BackwardTensors<T, kSlope, kStatistics> {
   static constexpr int kInputs = kFound ? 3 : 2, kSureInputs = 2;
   static constexpr int kOutputs = kMayWrite ? Tensors::kTensorsOut : 0, kSureOutputs = 0;
   static constexpr int kVectors = !kFound ? 4 : sizeof(T) == 8 ? 1 : 2;
+  static constexpr Reuse kReuse = kStatistics == Statistics::fixed ? Reuse::no : Reuse::yes;
 
   BNEXT_DEVICE Output<T> output(int i) const {
     Output<T> out = Tensors::output(i);

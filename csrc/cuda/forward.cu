@@ -30,6 +30,7 @@ struct MomentsReducer {
   using Center = Math;
   static constexpr int kInputs = 1, kSureInputs = 1, kOutputs = 0, kSureOutputs = 0, kVectors = 8;
   static constexpr bool kReadsMask = false;
+  static constexpr Reuse kReuse = Reuse::yes;
 
   const ForwardParams& p;
 

@@ -5,8 +5,9 @@
 // A Reducer is an operation over elements (see batch.cuh) and has
 // - Center center(channel): what deviations are taken from, and what else elements of the channel need;
 // - Centers, those of a vector: set(lane, center), at(lane), and fill(), a vector that adds nothing;
-// - add(sums, elements, center), for elements of one channel, which leaves what output(i) gets in values[i]
+// - add(sums, elements, center), for elements of one channel, which leaves what output(i) gets in values[i];
 // - fold(channel, sums), what follows once per channel;
+// - kReuse: whether a map comes after it;
 // - phase(), of the tensor on whose boundaries the vectors of planes should lie.
 #pragma once
 
@@ -117,7 +118,7 @@ template <bool kWhole, class Reducer, int kVectors, class Add>
 BNEXT_DEVICE void reduce_batch(const Reducer& reducer, const Span (&places)[kVectors], const Vector16& fill,
                                Add add) {
   Batch<Reducer, kVectors> batch;
-  load_batch<Reuse::yes, kWhole>(reducer, places, fill, batch);
+  load_batch<Reducer::kReuse, kWhole>(reducer, places, fill, batch);
   add(batch);
   BNEXT_UNROLL
   for (int i = 0; i < Reducer::kOutputs; ++i) {

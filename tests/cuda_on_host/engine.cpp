@@ -120,7 +120,8 @@ uint64_t run_planned(const Args& args, Pass pass, const cuda::Device& device, Ru
   const uint64_t before = model::statistics().launches;
   Buffer scratch(static_cast<size_t>(plan.scratch_bytes));
   std::vector<unsigned> counters(static_cast<size_t>(plan.counters()), 0u);
-  run(args, plan, cuda::Workspace{nullptr, scratch.data(), counters.data()});
+  run(args, plan,
+      cuda::Workspace{nullptr, plan.scratch_bytes > 0 ? scratch.data() : nullptr, counters.data()});
   scratch.require_guards();
   for (const unsigned counter : counters) {
     if (counter != 0) throw std::runtime_error("a counter was left behind");
