@@ -1,8 +1,11 @@
 // Autograd nodes over the operators, to any order.
 //
-// What the forward keeps: x, a copy of the weight, and the statistics; never a running buffer. The backward
-// is an operator of its own, whose derivative is written in differentiable torch operations.
+// What the forward keeps: x, or y where that was written over x; copies of weight and, where it takes part in
+// the activation's input, bias; the statistics; between a residual and an activation the mask, or the
+// residual. Never a running buffer. The backward is an operator of its own, whose derivative is written in
+// differentiable torch operations.
 #include <ATen/ATen.h>
+#include <torch/csrc/autograd/VariableTypeUtils.h>
 #include <torch/csrc/autograd/functions/utils.h>
 #include <torch/csrc/autograd/saved_variable.h>
 #include <torch/csrc/autograd/variable.h>
@@ -31,6 +34,15 @@ Held<N> make_node(Arguments&&... arguments) {
     return Held<N>(new N(std::forward<Arguments>(arguments)...), [](N* node) { deleteNode(node); });
   } else {
     return c10::make_intrusive<N>(std::forward<Arguments>(arguments)...);
+  }
+}
+
+// To the node itself, for an output that it keeps.
+auto held(torch::autograd::Node& node) {
+  if constexpr (std::is_same_v<Held<torch::autograd::Node>, std::shared_ptr<torch::autograd::Node>>) {
+    return node.getptr();
+  } else {
+    return Held<torch::autograd::Node>::reclaim_copy(&node);
   }
 }
 
@@ -91,138 +103,207 @@ at::Tensor copy_for_backward(const OptionalTensor& weight) {
   return copy;
 }
 
-// From y to x, weight and bias: written out as torch's own nodes are, because torch::autograd::Function takes
-// longer than a small batch does.
+// From y to x, residual, weight and bias: written out as torch's own nodes are, because
+// torch::autograd::Function takes longer than a small batch does.
 struct BatchNormNode : torch::autograd::Node {
-  SavedVariable x, weight, bias, stats;  // the bias with an activation only
+  SavedVariable x;  // from_output: y, an output of this node
+  SavedVariable residual, mask, weight, bias, stats;
   Likeness weight_like, bias_like;
-  bool training;
+  bool training, from_output;
   SavedActivation activation;
 
-  BatchNormNode(const Variable& x, const OptionalTensor& weight, const OptionalTensor& bias, bool training,
-                const SavedActivation& activation)
-      : Node(torch::autograd::collect_next_edges(x, weight, bias)),
-        x(x, /*is_output=*/false),
-        weight(copy_for_backward(weight), /*is_output=*/false),
-        bias(activation.spec ? copy_for_backward(bias) : at::Tensor(), /*is_output=*/false),
-        weight_like(weight),
-        bias_like(bias),
+  BatchNormNode(const Variable& input, const OptionalTensor& given_residual,
+                const OptionalTensor& given_weight, const OptionalTensor& given_bias, bool training,
+                const SavedActivation& activation, bool from_output)
+      : Node(torch::autograd::collect_next_edges(input, given_residual, given_weight, given_bias)),
+        weight(copy_for_backward(given_weight), /*is_output=*/false),
+        bias(activation.spec || from_output ? copy_for_backward(given_bias) : at::Tensor(),
+             /*is_output=*/false),
+        weight_like(given_weight),
+        bias_like(given_bias),
         training(training),
-        activation(activation) {}
+        from_output(from_output),
+        activation(activation) {
+    if (!from_output) x = SavedVariable(input, /*is_output=*/false);
+    if (present(given_residual) && activation.spec && !is_masked(activation.spec.kind)) {
+      residual = SavedVariable(*given_residual, /*is_output=*/false);
+    }
+  }
 
   std::string name() const override { return "bnext::BatchNormBackward"; }
 
   void release_variables() override {
     std::lock_guard<std::mutex> lock(mutex_);
-    for (SavedVariable* saved : {&x, &weight, &bias, &stats}) saved->reset_data();
+    for (SavedVariable* saved : {&x, &residual, &mask, &weight, &bias, &stats}) saved->reset_data();
   }
 
   variable_list apply(variable_list&& grads) override {
     std::lock_guard<std::mutex> lock(mutex_);
-    variable_list result(3);
-    if (!grads[0].defined()) return result;
-    const std::array<bool, 3> wanted{task_should_compute_output(0), task_should_compute_output(1),
-                                     task_should_compute_output(2)};
-    auto [dx, dweight, dbias] =
-        backward_operator().call(grads[0], x.unpack(), optional(weight.unpack()), optional(bias.unpack()),
-                                 stats.unpack(), training, activation.name, activation.param, wanted);
+    variable_list result(4);
+    const at::Tensor& dy = grads[0];
+    if (!dy.defined()) return result;
+    const bool wants_residual = task_should_compute_output(1);
+    const std::array<bool, 4> wanted{task_should_compute_output(0), task_should_compute_output(2),
+                                     task_should_compute_output(3), wants_residual && activation.spec};
+    if (wants_residual && !activation.spec) result[1] = dy;
+    if (wanted == std::array<bool, 4>{}) return result;
+    auto [dx, dweight, dbias, dresidual] = backward_operator().call(
+        dy, from_output ? x.unpack(held(*this)) : x.unpack(), optional(residual.unpack()),
+        optional(mask.unpack()), optional(weight.unpack()), optional(bias.unpack()), stats.unpack(), training,
+        activation.name, activation.param, from_output, wanted);
     if (wanted[0]) result[0] = std::move(dx);
-    if (wanted[1]) result[1] = weight_like.of(std::move(dweight));
-    if (wanted[2]) result[2] = bias_like.of(std::move(dbias));
+    if (wanted[1]) result[2] = weight_like.of(std::move(dweight));
+    if (wanted[2]) result[3] = bias_like.of(std::move(dbias));
+    if (wanted[3]) result[1] = std::move(dresidual);
     return result;
   }
 };
 
-// From dx, dweight and dbias to dy, x, weight and bias.
+// From dx, dweight, dbias and dresidual to dy, x, residual, weight and bias.
 struct BatchNormBackwardNode : torch::autograd::Node {
-  SavedVariable dy, x, weight, bias, stats;
-  bool training;
+  SavedVariable dy, x, residual, mask, weight, bias, stats;
+  bool training, from_output;
   SavedActivation activation;
 
-  BatchNormBackwardNode(const Variable& dy, const Variable& x, const OptionalTensor& weight,
-                        const OptionalTensor& bias, const Variable& stats, bool training,
-                        const SavedActivation& activation)
-      : Node(torch::autograd::collect_next_edges(dy, x, weight, bias)),
+  BatchNormBackwardNode(const Variable& dy, const Variable& x, const OptionalTensor& residual,
+                        const OptionalTensor& mask, const OptionalTensor& weight, const OptionalTensor& bias,
+                        const Variable& stats, bool training, const SavedActivation& activation,
+                        bool from_output)
+      : Node(torch::autograd::collect_next_edges(dy, x, residual, weight, bias)),
         dy(dy, /*is_output=*/false),
         x(x, /*is_output=*/false),
+        residual(residual.value_or(at::Tensor()), /*is_output=*/false),
+        mask(mask.value_or(at::Tensor()), /*is_output=*/false),
         weight(weight.value_or(at::Tensor()), /*is_output=*/false),
         bias(bias.value_or(at::Tensor()), /*is_output=*/false),
         stats(stats, /*is_output=*/false),
         training(training),
+        from_output(from_output),
         activation(activation) {}
 
   std::string name() const override { return "bnext::BatchNormBackwardBackward"; }
 
   void release_variables() override {
     std::lock_guard<std::mutex> lock(mutex_);
-    for (SavedVariable* saved : {&dy, &x, &weight, &bias, &stats}) saved->reset_data();
+    for (SavedVariable* saved : {&dy, &x, &residual, &mask, &weight, &bias, &stats}) saved->reset_data();
   }
 
   variable_list apply(variable_list&& grads) override {
     std::lock_guard<std::mutex> lock(mutex_);
-    auto [to_dy, to_x, to_weight, to_bias] =
-        double_backward({grads[0], grads[1], grads[2]}, dy.unpack(), x.unpack(), weight.unpack(),
-                        bias.unpack(), stats.unpack(), training, activation.spec);
-    return {std::move(to_dy), std::move(to_x), std::move(to_weight), std::move(to_bias)};
+    TORCH_CHECK_NOT_IMPLEMENTED(!from_output,
+                                "bnext::batch_norm_ has no second derivative: expected inplace=False where "
+                                "gradients are differentiated");
+    const Cotangents to{grads[0], grads[1], grads[2], grads[3]};
+    BackwardInputs given{dy.unpack(),     x.unpack(),    residual.unpack(), mask.unpack(),
+                         weight.unpack(), bias.unpack(), stats.unpack()};
+    BackwardInputs result = double_backward(to, given, training, activation.spec);
+    return {std::move(result.dy), std::move(result.x), std::move(result.residual), std::move(result.weight),
+            std::move(result.bias)};
   }
 };
 
-}  // namespace
+// Of tensors that a training forward writes.
+void bump_versions(std::initializer_list<OptionalTensor> written) {
+  for (const OptionalTensor& t : written) {
+    if (present(t) && !t->is_inference()) t->unsafeGetTensorImpl()->bump_version();
+  }
+}
 
-ForwardResult batch_norm_autograd(const at::Tensor& x, const OptionalTensor& weight,
-                                  const OptionalTensor& bias, const OptionalTensor& running_mean,
-                                  const OptionalTensor& running_var,
-                                  const OptionalTensor& num_batches_tracked, bool training,
-                                  std::optional<double> momentum, double eps, bool unbiased_running_var,
-                                  at::IntArrayRef ndims, ActivationName activation,
-                                  std::optional<double> activation_param) {
+void check_differentiability(const at::Tensor& x, const OptionalTensor& residual,
+                             const OptionalTensor& weight, const OptionalTensor& bias,
+                             const OptionalTensor& running_mean, const OptionalTensor& running_var) {
   TORCH_CHECK(x.defined(), "expected input to be a tensor, but got None");
   for (const auto& [name, t] : {std::pair<const char*, const OptionalTensor&>("running_mean", running_mean),
                                 std::pair<const char*, const OptionalTensor&>("running_var", running_var)}) {
     TORCH_CHECK(!requires_grad(t), name, " is not differentiable: it cannot have requires_grad=True");
   }
-  refuse_forward_mode(x, weight, bias);
+  refuse_forward_mode(x, residual, weight, bias);
+}
+
+}  // namespace
+
+ForwardResult batch_norm_autograd(const at::Tensor& x, const OptionalTensor& residual,
+                                  const OptionalTensor& weight, const OptionalTensor& bias,
+                                  const OptionalTensor& running_mean, const OptionalTensor& running_var,
+                                  const OptionalTensor& num_batches_tracked, bool training,
+                                  std::optional<double> momentum, double eps, bool unbiased_running_var,
+                                  at::IntArrayRef ndims, ActivationName activation,
+                                  std::optional<double> activation_param, bool for_backward) {
+  check_differentiability(x, residual, weight, bias, running_mean, running_var);
   Held<BatchNormNode> node;
-  if (at::GradMode::is_enabled() && (x.requires_grad() || requires_grad(weight) || requires_grad(bias))) {
-    node = make_node<BatchNormNode>(x, weight, bias, training, SavedActivation(activation, activation_param));
+  if (at::GradMode::is_enabled() &&
+      (x.requires_grad() || requires_grad(residual) || requires_grad(weight) || requires_grad(bias))) {
+    node = make_node<BatchNormNode>(x, residual, weight, bias, training,
+                                    SavedActivation(activation, activation_param), /*from_output=*/false);
   }
   ForwardResult result;
   {
     at::AutoDispatchBelowADInplaceOrView below;
-    result =
-        forward_operator().call(x, weight, bias, running_mean, running_var, num_batches_tracked, training,
-                                momentum, eps, unbiased_running_var, ndims, activation, activation_param);
+    result = forward_operator().call(x, residual, weight, bias, running_mean, running_var,
+                                     num_batches_tracked, training, momentum, eps, unbiased_running_var,
+                                     ndims, activation, activation_param, for_backward || node);
   }
+  const auto& [y, stats, mask] = result;
   if (node) {
-    const auto& [y, stats] = result;
     torch::autograd::set_history(y, node);
     node->stats = SavedVariable(stats, /*is_output=*/false);
+    if (mask.sym_numel() != 0) node->mask = SavedVariable(mask, /*is_output=*/false);
   }
-  if (training) {
-    for (const OptionalTensor& written : {running_mean, running_var, num_batches_tracked}) {
-      if (present(written) && !written->is_inference()) written->unsafeGetTensorImpl()->bump_version();
-    }
-  }
+  if (training) bump_versions({running_mean, running_var, num_batches_tracked});
   return result;
 }
 
+at::Tensor batch_norm_inplace_autograd(const at::Tensor& x, const OptionalTensor& weight,
+                                       const OptionalTensor& bias, const OptionalTensor& running_mean,
+                                       const OptionalTensor& running_var,
+                                       const OptionalTensor& num_batches_tracked, bool training,
+                                       std::optional<double> momentum, double eps, bool unbiased_running_var,
+                                       at::IntArrayRef ndims, ActivationName activation,
+                                       std::optional<double> activation_param, bool for_backward) {
+  check_differentiability(x, std::nullopt, weight, bias, running_mean, running_var);
+  const bool differentiable =
+      at::GradMode::is_enabled() && (x.requires_grad() || requires_grad(weight) || requires_grad(bias));
+  torch::autograd::check_inplace(x, differentiable);
+  Held<BatchNormNode> node;
+  if (differentiable) {
+    node = make_node<BatchNormNode>(x, std::nullopt, weight, bias, training,
+                                    SavedActivation(activation, activation_param), /*from_output=*/true);
+  }
+  at::Tensor stats;
+  {
+    at::AutoDispatchBelowADInplaceOrView below;
+    stats = inplace_operator().call(x, weight, bias, running_mean, running_var, num_batches_tracked, training,
+                                    momentum, eps, unbiased_running_var, ndims, activation, activation_param,
+                                    for_backward || node);
+  }
+  bump_versions({x});
+  if (node) {
+    torch::autograd::rebase_history(x, node);
+    node->x = SavedVariable(x, /*is_output=*/true, /*is_inplace_on_view=*/x.is_view());
+    node->stats = SavedVariable(stats, /*is_output=*/false);
+  }
+  if (training) bump_versions({running_mean, running_var, num_batches_tracked});
+  return stats;
+}
+
 BackwardResult batch_norm_backward_autograd(const at::Tensor& dy, const at::Tensor& x,
+                                            const OptionalTensor& residual, const OptionalTensor& mask,
                                             const OptionalTensor& weight, const OptionalTensor& bias,
                                             const at::Tensor& stats, bool training, ActivationName activation,
-                                            std::optional<double> activation_param,
-                                            std::array<bool, 3> output_mask) {
-  refuse_forward_mode(dy, x, weight, bias);
+                                            std::optional<double> activation_param, bool from_output,
+                                            std::array<bool, 4> output_mask) {
+  refuse_forward_mode(dy, x, residual, weight, bias);
   Held<BatchNormBackwardNode> node;
-  if (at::GradMode::is_enabled() &&
-      (dy.requires_grad() || x.requires_grad() || requires_grad(weight) || requires_grad(bias))) {
-    node = make_node<BatchNormBackwardNode>(dy, x, weight, bias, stats, training,
-                                            SavedActivation(activation, activation_param));
+  if (at::GradMode::is_enabled() && (dy.requires_grad() || x.requires_grad() || requires_grad(residual) ||
+                                     requires_grad(weight) || requires_grad(bias))) {
+    node = make_node<BatchNormBackwardNode>(dy, x, residual, mask, weight, bias, stats, training,
+                                            SavedActivation(activation, activation_param), from_output);
   }
   BackwardResult result;
   {
     at::AutoDispatchBelowADInplaceOrView below;
-    result = backward_operator().call(dy, x, weight, bias, stats, training, activation, activation_param,
-                                      output_mask);
+    result = backward_operator().call(dy, x, residual, mask, weight, bias, stats, training, activation,
+                                      activation_param, from_output, output_mask);
   }
   if (node) {
     std::apply([&](const auto&... outputs) { (torch::autograd::set_history(outputs, node), ...); }, result);

@@ -29,7 +29,8 @@ struct Problem {
   bool residual = false;  // is read: forward to add it, backward to compute the activation's input again
   bool mask = false;      // is written by forward, read by backward
 
-  constexpr Problem(const Extent& of, Dtype type, Pass kind, bool with_residual = false, bool with_mask = false)
+  constexpr Problem(const Extent& of, Dtype type, Pass kind, bool with_residual = false,
+                    bool with_mask = false)
       : extent(of), dtype(type), pass(kind), residual(with_residual), mask(with_mask) {}
   template <class Args>
   Problem(const Args& args, Pass kind)

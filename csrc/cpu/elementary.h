@@ -59,11 +59,20 @@ struct VectorElementary {
     return with_sign_of(x, magnitude < 1.0f ? quotient : quotient + 1.0f);
   }
 
+  BNEXT_INLINE static F log1p(const F& x) {
+    F result;
+    for (int i = 0; i < Lanes<float>::kWidth; ++i) result[i] = __builtin_log1pf(x[i]);
+    return result;
+  }
+
   BNEXT_INLINE static D exp(const D& x) {
     return each_lane(x, [](double v) __attribute__((always_inline)) { return __builtin_exp(v); });
   }
   BNEXT_INLINE static D expm1(const D& x) {
     return each_lane(x, [](double v) __attribute__((always_inline)) { return __builtin_expm1(v); });
+  }
+  BNEXT_INLINE static D log1p(const D& x) {
+    return each_lane(x, [](double v) __attribute__((always_inline)) { return __builtin_log1p(v); });
   }
   BNEXT_INLINE static D erf(const D& x) {
     return each_lane(x, [](double v) __attribute__((always_inline)) { return __builtin_erf(v); });
