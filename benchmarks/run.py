@@ -85,7 +85,7 @@ def _prepare(
     case: shapes.Case, names: Sequence[str], notes: dict[str, None]
 ) -> tuple[list[peers.Subject], list[str]]:
     """The implementations whose results are right, and what was wrong with the others."""
-    data = peers.data(case)
+    data = measure.settled(case, peers.data(case))
     expected = measure.reference(case, data)
     subjects, wrong = [], []
     for name in names:

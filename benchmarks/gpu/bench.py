@@ -23,7 +23,7 @@ from benchmarks.gpu import device as gpu
 from benchmarks.gpu import results, timing
 from benchmarks.gpu.classes import HOST, all_cases, is_compiled
 from benchmarks.gpu.judge import share_of_floor
-from benchmarks.measure import disagreements, reference
+from benchmarks.measure import disagreements, reference, settled
 from benchmarks.measure import measure as on_the_hosts_clock
 from benchmarks.shapes import Case
 
@@ -53,11 +53,12 @@ class Bench:
         self, case: Case, sets: timing.Inputs, names: Sequence[str], result: results.Result
     ) -> list[peers.Subject]:
         """Those whose results are right; the others leave a note."""
-        expected = reference(case, sets[0])
+        data = settled(case, sets[0])
+        expected = reference(case, data)
         subjects = []
         for name in names:
             try:
-                subject = timing.build(name, case, sets[0])
+                subject = timing.build(name, case, data)
                 with timing.backend(name):
                     wrong = disagreements(case, subject, expected)
             except peers.Unsupported as reason:
