@@ -225,6 +225,8 @@ def test_any_call_of_the_backward_operator(
     training=st.booleans(),
     backward=st.booleans(),
     threads=st.integers(1, 300),
+    residual=st.booleans(),
+    activation=st.sampled_from([None, "relu", "silu"]),
 )
 def test_any_plan(shape: list[int], layout: str, **options: Any) -> None:
     """Also for tensors that no memory holds: every channel and every position in a slab and a chunk, nothing twice."""
