@@ -82,6 +82,9 @@ at::Tensor batch_norm_inplace_autograd(const at::Tensor& x, const OptionalTensor
   const bool differentiable =
       at::GradMode::is_enabled() && (x.requires_grad() || requires_grad(weight) || requires_grad(bias));
   torch::autograd::check_inplace(x, differentiable);
+  TORCH_CHECK(!x.is_neg(),
+              "inplace=True writes the input's own elements, but those of this view are negated when "
+              "they are read: expected input.resolve_neg()");
   Held<BatchNormNode> node;
   if (differentiable) {
     node = make_node<BatchNormNode>(x, std::nullopt, weight, bias, training,

@@ -3,6 +3,7 @@
 
 #include <ATen/MemoryOverlap.h>
 #include <ATen/ops/empty.h>
+#include <c10/core/InferenceMode.h>
 
 #include "calls.h"
 #include "engine.h"
@@ -187,6 +188,8 @@ at::Tensor batch_norm_inplace_dense(const at::Tensor& x, const OptionalTensor& w
   require_invertible(call.activation);
   require_engine(x);
   if (for_backward) require_recoverable(weight);
+  TORCH_CHECK(!x.is_inference() || c10::InferenceMode::is_enabled(),
+              "Inplace update to inference tensor outside InferenceMode is not allowed.");
   at::assert_no_internal_overlap(x);
   const Input input(x);
   at::Tensor stats = run_forward(call, input, {}, input.dense, empty_vector({0}, at::kByte, x));
