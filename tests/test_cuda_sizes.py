@@ -14,8 +14,9 @@ from torch import Tensor
 
 import tolerances
 from cases import DTYPES, EVAL, FLOAT16_WITH_FLOAT32, FLOAT32, LAYOUT, TRAIN, Dtypes, Mode, misaligned
+from judged import numpy
 from on_cuda import DEVICE, needs_cuda
-from problem import Problem, make, numpy
+from problem import Problem, make
 
 pytestmark = needs_cuda
 
