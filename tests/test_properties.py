@@ -15,7 +15,17 @@ from torch import Tensor
 
 import bnext
 from bnext.functional import ACTIVATIONS
-from cases import CHANNELS_LAST, CHANNELS_LAST_3D, CONTIGUOUS, DTYPES, MODES, PARAMETERS, Layout
+from cases import (
+    ACTIVE,
+    CHANNELS_LAST,
+    CHANNELS_LAST_3D,
+    CONTIGUOUS,
+    DTYPES,
+    INVERTIBLE,
+    MODES,
+    PARAMETERS,
+    Layout,
+)
 from problem import Problem, make
 
 SETTINGS = settings(max_examples=300, deadline=None, derandomize=True, database=None)
@@ -79,6 +89,15 @@ def problems(draw: st.DrawFn) -> Problem:
     problem.eps = draw(st.sampled_from([1e-5, 1e-3, 1.0]))
     problem.momentum = draw(st.sampled_from([0.1, 1.0, 0.01]))
     problem.unbiased = draw(st.booleans())
+    active = draw(st.sampled_from([None, *ACTIVE]))
+    if active is not None:
+        problem.activation, problem.activation_param = active.activation, active.activation_param
+    over_itself = any(step == 0 and size > 1 for step, size in zip(problem.x.stride(), shape, strict=True))
+    if active in INVERTIBLE and not over_itself and draw(st.booleans()):
+        problem.inplace = True
+    elif draw(st.booleans()):
+        values = torch.randn(shape, generator=torch.Generator().manual_seed(23)).to(problem.x.dtype)
+        problem.residual = draw(layouts(len(shape))).arrange(values)
     return problem
 
 
@@ -95,17 +114,17 @@ def test_any_problem(problem: Problem) -> None:
     leaves = problem.require_grad()
     y = problem.forward()
     problem.check_output(y)
-    assert y.is_contiguous(memory_format=format_of(problem.x))
+    if problem.inplace:
+        assert y.stride() == problem.x.stride()
+    else:
+        assert y.is_contiguous(memory_format=format_of(problem.x))
     if problem.batch and problem.running_mean is not None:
         problem.check_running(problem.momentum)
     grads = torch.autograd.grad(y, leaves, problem.dy)
     assert grads[0].is_contiguous(memory_format=format_of(problem.x))
     for leaf, grad in zip(leaves, grads, strict=True):
-        leaf.grad = None if leaf is problem.x else grad
-    problem.check_input_grad(grads[0])
-    for name, check in (("weight", problem.check_weight_grad), ("bias", problem.check_bias_grad)):
-        if (tensor := getattr(problem, name)) is not None:
-            check(tensor.grad)
+        leaf.grad = grad
+    problem.check_grads()
 
 
 activations = st.sampled_from([None, None, *ACTIVATIONS, "swish"])
@@ -135,6 +154,7 @@ def copies(*tensors: Tensor | None) -> list[Tensor]:
 @SETTINGS
 @given(
     x=inputs,
+    residual=st.one_of(st.none(), st.just("like x"), inputs),
     tensors=st.tuples(vectors, vectors, vectors, vectors),
     counter=st.sampled_from(
         [None, torch.tensor(0), torch.tensor(0), torch.tensor(0.0), torch.tensor([0, 0])]
@@ -145,18 +165,21 @@ def copies(*tensors: Tensor | None) -> list[Tensor]:
     ndims=st.sampled_from([[], [], [2, 3], [4], [-1]]),
     activation=activations,
     activation_param=st.sampled_from([None, None, 0.1, math.nan]),
+    for_backward=st.booleans(),
 )
 def test_any_call_of_the_forward_operator(
-    x: Tensor, tensors: Any, counter: Any, training: bool, **scalars: Any
+    x: Tensor, residual: Any, tensors: Any, counter: Any, training: bool, for_backward: bool, **scalars: Any
 ) -> None:
     """A result of the right shape, or a refusal that has touched nothing."""
+    residual = x + 1 if isinstance(residual, str) else residual
     weight, bias, mean, var = tensors
     mean, var = (None if t is None else t if t.is_meta or 0 in t.stride() else t.clone() for t in (mean, var))
     counter = None if counter is None else counter.clone()
     before = copies(mean, var, counter)
     try:
-        y, stats = torch.ops.bnext.batch_norm(
+        y, stats, mask = torch.ops.bnext.batch_norm(
             x,
+            residual,
             weight,
             bias,
             mean,
@@ -169,6 +192,7 @@ def test_any_call_of_the_forward_operator(
             scalars["ndims"],
             scalars["activation"],
             scalars["activation_param"],
+            for_backward,
         )
     except REFUSALS:
         for one, other in zip(before, copies(mean, var, counter), strict=True):
@@ -176,6 +200,10 @@ def test_any_call_of_the_forward_operator(
     else:
         assert y.shape == x.shape
         assert stats.shape == (2, x.shape[1])
+        masked = (
+            for_backward and residual is not None and scalars["activation"] in ("relu", "leaky_relu", "relu6")
+        )
+        assert mask.shape == (x.numel() // 32 * 4 + 8 if masked else 0,)
 
 
 @SETTINGS
@@ -192,7 +220,10 @@ def test_any_call_of_the_forward_operator(
     training=st.booleans(),
     activation=activations,
     activation_param=st.sampled_from([None, None, 0.1]),
-    mask=st.lists(st.booleans(), min_size=2, max_size=4),
+    residual=st.one_of(st.none(), inputs),
+    mask=st.one_of(st.none(), st.integers(0, 16).map(lambda size: torch.zeros(size, dtype=torch.uint8))),
+    from_output=st.booleans(),
+    wanted=st.lists(st.booleans(), min_size=3, max_size=5),
 )
 def test_any_call_of_the_backward_operator(
     dy: Tensor,
@@ -204,17 +235,23 @@ def test_any_call_of_the_backward_operator(
     training: bool,
     activation: str | None,
     activation_param: float | None,
-    mask: list[bool],
+    residual: Tensor | None,
+    mask: Tensor | None,
+    from_output: bool,
+    wanted: list[bool],
 ) -> None:
+    slope = (activation, activation_param, from_output)
+    dy, residual = (x if same else dy), (x if same and residual is not None else residual)
     try:
-        dx, dweight, dbias = torch.ops.bnext.batch_norm_backward(
-            x if same else dy, x, weight, bias, stats, training, activation, activation_param, mask
+        dx, dweight, dbias, dresidual = torch.ops.bnext.batch_norm_backward(
+            dy, x, residual, mask, weight, bias, stats, training, *slope, wanted
         )
     except REFUSALS:
         return
-    assert dx.shape == (x.shape if mask[0] else (0,))
-    for wanted, grad in zip(mask[1:], (dweight, dbias), strict=True):
-        assert grad.shape == ((x.shape[1],) if wanted else (0,))
+    for want, grad in zip((wanted[0], wanted[3]), (dx, dresidual), strict=True):
+        assert grad.shape == (x.shape if want else (0,))
+    for want, grad in zip(wanted[1:3], (dweight, dbias), strict=True):
+        assert grad.shape == ((x.shape[1],) if want else (0,))
 
 
 @SETTINGS
