@@ -51,12 +51,10 @@ def backward_arguments(problem: Problem, wanted: tuple[bool, ...] = (True, True,
             x, stats = arguments[0], INPLACE(*arguments)
         else:
             _, stats, mask = FORWARD(*forward_arguments(p, for_backward=True))
-    if mask is not None and mask.numel():
-        residual = None
-    elif p.activation is None:
-        residual = mask = None
-    else:
+    if mask is not None and not mask.numel():
         mask = None
+    if mask is not None or p.activation is None:
+        residual = None
     activation = p.activation, p.activation_param
     output_mask = [*wanted, *[False] * (4 - len(wanted))]
     return p.dy, x, residual, mask, p.weight, p.bias, stats, p.batch, *activation, p.inplace, output_mask
