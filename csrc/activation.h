@@ -79,7 +79,8 @@ constexpr bool is_masked(Activation kind) {
 
 // Whether backward can recover z from y = act(z), one to one with this parameter.
 constexpr bool is_invertible(Activation kind, double param) {
-  return kind == Activation::none || ((kind == Activation::leaky_relu || kind == Activation::elu) && param > 0);
+  return kind == Activation::none ||
+         ((kind == Activation::leaky_relu || kind == Activation::elu) && param > 0);
 }
 
 // Of one that is_masked; NaN passes, but for leaky_relu's.
@@ -176,8 +177,8 @@ BNEXT_HOST_DEVICE V activation_grad(Activation kind, A param, const V& dy, const
   }
 }
 
-// z from y = act(z), of one that is_invertible. elu's limit says no more than that z is low: as low as storage
-// T, which y was rounded to, tells apart.
+// z from y = act(z), of one that is_invertible. elu's limit says no more than that z is low: as low as
+// storage T, which y was rounded to, tells apart.
 template <class T, class Elementary, class V, class A>
 BNEXT_HOST_DEVICE V activation_inverse(Activation kind, A param, const V& y) {
   if (kind == Activation::leaky_relu) return y > V{} ? y : V(y / param);

@@ -72,7 +72,7 @@ struct BackwardArgs {
   const void* residual = nullptr;
   const void* mask = nullptr;
   void* dx = nullptr;
-  void* dresidual = nullptr;  // dz
+  void* dresidual = nullptr;   // dz
   ChannelVector weight, bias;  // bias: with an activation, whose input is computed again
   const double* mean = nullptr;
   const double* invstd = nullptr;

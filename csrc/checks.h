@@ -150,10 +150,6 @@ inline void require_like_input(const char* name, const std::optional<at::Tensor>
   require_same_device(name, *t, x);
 }
 
-inline void require_gradient(const at::Tensor& dy, const at::Tensor& x) {
-  require_like_input("dy", dy, x);
-}
-
 // Of batch_norm_backward: what it recovers the activation's slope from.
 inline void require_slope_source(const std::optional<at::Tensor>& residual,
                                  const std::optional<at::Tensor>& mask, bool from_output,
@@ -175,16 +171,24 @@ inline void require_slope_source(const std::optional<at::Tensor>& residual,
 
 // Of batch_norm_.
 inline void require_invertible(const ActivationSpec& activation) {
-  TORCH_CHECK_VALUE(is_invertible(activation.kind, activation.param),
-                    "inplace=True keeps the output alone, so backward has to recover the input from it: expected "
-                    "activation None, leaky_relu or elu, with a positive parameter, but got ",
-                    activation ? activation_name(activation.kind) : "None",
-                    activation_entry(activation.kind).takes_parameter
-                        ? " with " + python_repr(activation.param)
-                        : std::string(),
-                    activation.kind == Activation::relu
-                        ? " (what relu sets to 0 is lost; leaky_relu with a small slope is the usual choice)"
-                        : "");
+  TORCH_CHECK_VALUE(
+      is_invertible(activation.kind, activation.param),
+      "inplace=True keeps the output alone, so backward has to recover the input from it: expected "
+      "activation None, leaky_relu or elu, with a positive parameter, but got ",
+      activation ? activation_name(activation.kind) : "None",
+      activation_entry(activation.kind).takes_parameter ? " with " + python_repr(activation.param)
+                                                        : std::string(),
+      activation.kind == Activation::relu
+          ? " (what relu sets to 0 is lost; leaky_relu with a small slope is the usual choice)"
+          : "");
+}
+
+// Of batch_norm_ before a backward. Only asked on the CPU: elsewhere it would wait for the device.
+inline void require_recoverable(const std::optional<at::Tensor>& weight) {
+  if (!present(weight) || !weight->is_cpu() || weight->all().item<bool>()) return;
+  TORCH_CHECK(false, "inplace=True recovers the input from the output, but the weight of channel ",
+              weight->view(-1).ne(0).to(at::kInt).argmin().item<int64_t>(),
+              " is 0: expected weights other than 0");
 }
 
 inline void require_statistics(const at::Tensor& stats, const at::Tensor& x) {

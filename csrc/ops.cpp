@@ -3,8 +3,9 @@
 
 #include <ATen/MemoryOverlap.h>
 #include <ATen/ops/empty.h>
+#include <c10/core/InferenceMode.h>
 
-#include "checks.h"
+#include "calls.h"
 #include "engine.h"
 
 namespace bnext {
@@ -92,95 +93,49 @@ struct Parameter {
   }
 };
 
-// The per-channel arguments of a forward pass, checked; nothing has been written before they all are.
-struct ForwardCall {
-  const OptionalTensor &weight, &bias, &running_mean, &running_var, &num_batches_tracked;
-  bool training;
-  std::optional<double> momentum;
-  double eps;
-  bool unbiased_running_var;
-  ActivationSpec activation;
-
-  void check(const at::Tensor& x, at::IntArrayRef ndims) const {
-    require_input(x, ndims);
-    if (training) require_enough_values(x);
-    require_eps(eps, training);
-    require_running_pair(running_mean, running_var, training);
-    ParameterDtype dtypes{x};
-    const std::pair<const char*, const OptionalTensor&> vectors[] = {
-        {"running_mean", running_mean}, {"running_var", running_var}, {"weight", weight}, {"bias", bias}};
-    for (const auto& [name, vector] : vectors) require_channel_vector(name, vector, x);
-    for (const auto& [name, vector] : vectors) dtypes.require(name, vector);
-    require_counter(num_batches_tracked, x);
-  }
-
-  // Into y, and the mask if it is wanted; returns stats. y may be the input.
-  at::Tensor run(const Input& input, const at::Tensor& residual, const at::Tensor& y,
-                 const at::Tensor& mask) const {
-    const at::Tensor& x = input.dense;
-    const Parameter w(weight), b(bias), mean(running_mean), var(running_var);
-    if (training) {
-      mean.require_writable();
-      var.require_writable();
-    }
-    at::Tensor stats = empty_vector({2, x.size(1)}, at::kDouble, x);
-    ForwardArgs args;
-    args.extent = input.extent;
-    args.dtype = dtype_of(x.scalar_type());
-    args.x = x.const_data_ptr();
-    args.residual = residual.defined() ? residual.const_data_ptr() : nullptr;
-    args.y = y.data_ptr();
-    args.mask = mask.defined() ? mask.data_ptr() : nullptr;
-    args.weight = w.vector();
-    args.bias = b.vector();
-    args.running_mean = mean.vector();
-    args.running_var = var.vector();
-    if (training && present(num_batches_tracked))
-      args.num_batches_tracked = num_batches_tracked->data_ptr<int64_t>();
-    args.mean = stats.data_ptr<double>();
-    args.invstd = args.mean + x.size(1);
-    args.eps = eps;
-    args.momentum = momentum.value_or(0.0);
-    args.cumulative = !momentum.has_value();
-    args.batch_statistics = training;
-    args.unbiased_running_var = unbiased_running_var;
-    args.activation = activation;
-    bnext::run(args, training ? Pass::forward : Pass::inference, x);
-    if (training) {
-      mean.finish();
-      var.finish();
-    }
-    return stats;
-  }
-};
-
-bool wants_mask(const OptionalTensor& residual, const ActivationSpec& activation, bool for_backward) {
-  return for_backward && present(residual) && is_masked(activation.kind);
-}
-
 at::Tensor dense_like(const Input& input, const OptionalTensor& t) {
   return present(t) ? t->contiguous(input.format) : at::Tensor();
 }
 
-void check_backward(const at::Tensor& dy, const at::Tensor& x, const OptionalTensor& residual,
-                    const OptionalTensor& mask, const OptionalTensor& weight, const OptionalTensor& bias,
-                    const at::Tensor& stats, const ActivationSpec& activation, bool from_output,
-                    bool dresidual) {
-  require_input(x, {});
-  require_gradient(dy, x);
-  ParameterDtype dtypes{x};
-  for (const auto& [name, vector] : {std::pair<const char*, const OptionalTensor&>("weight", weight),
-                                     std::pair<const char*, const OptionalTensor&>("bias", bias)}) {
-    require_channel_vector(name, vector, x);
-    dtypes.require(name, vector);
-  }
-  require_statistics(stats, x);
-  require_slope_source(residual, mask, from_output, activation, x, dresidual);
-  if (from_output) require_invertible(activation);
-}
+const void* pointer(const at::Tensor& t) { return t.defined() ? t.const_data_ptr() : nullptr; }
 
-at::ScalarType parameter_grad_dtype(const at::Tensor& x) {
-  return x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+// Into y, and the mask if it is wanted; returns stats. y may be the input.
+at::Tensor run_forward(const ForwardCall& call, const Input& input, const at::Tensor& residual,
+                       const at::Tensor& y, const at::Tensor& mask) {
+  const at::Tensor& x = input.dense;
+  const Parameter w(call.weight), b(call.bias), mean(call.running_mean), var(call.running_var);
+  if (call.training) {
+    mean.require_writable();
+    var.require_writable();
+  }
+  at::Tensor stats = empty_vector({2, x.size(1)}, at::kDouble, x);
+  ForwardArgs args;
+  args.extent = input.extent;
+  args.dtype = dtype_of(x.scalar_type());
+  args.x = x.const_data_ptr();
+  args.residual = pointer(residual);
+  args.y = y.data_ptr();
+  args.mask = mask.numel() == 0 ? nullptr : mask.data_ptr();
+  args.weight = w.vector();
+  args.bias = b.vector();
+  args.running_mean = mean.vector();
+  args.running_var = var.vector();
+  if (call.training && present(call.num_batches_tracked))
+    args.num_batches_tracked = call.num_batches_tracked->data_ptr<int64_t>();
+  args.mean = stats.data_ptr<double>();
+  args.invstd = args.mean + x.size(1);
+  args.eps = call.eps;
+  args.momentum = call.momentum.value_or(0.0);
+  args.cumulative = !call.momentum.has_value();
+  args.batch_statistics = call.training;
+  args.unbiased_running_var = call.unbiased_running_var;
+  args.activation = call.activation;
+  run(args, call.training ? Pass::forward : Pass::inference, x);
+  if (call.training) {
+    mean.finish();
+    var.finish();
+  }
+  return stats;
 }
 
 }  // namespace
@@ -192,16 +147,23 @@ ForwardResult batch_norm_dense(const at::Tensor& x, const OptionalTensor& residu
                                std::optional<double> momentum, double eps, bool unbiased_running_var,
                                at::IntArrayRef ndims, ActivationName activation,
                                std::optional<double> activation_param, bool for_backward) {
-  const ForwardCall call{weight,   bias,     running_mean, running_var,          num_batches_tracked,
-                         training, momentum, eps,          unbiased_running_var, require_activation(activation, activation_param)};
+  const ForwardCall call{weight,
+                         bias,
+                         running_mean,
+                         running_var,
+                         num_batches_tracked,
+                         training,
+                         momentum,
+                         eps,
+                         unbiased_running_var,
+                         require_activation(activation, activation_param)};
   call.check(x, ndims);
   require_like_input("residual", residual, x);
   require_engine(x);
   const Input input(x);
-  const bool masked = wants_mask(residual, call.activation, for_backward);
   at::Tensor y = empty_output(input.dense, input.format);
-  at::Tensor mask = empty_vector({masked ? mask_bytes(x.numel()) : 0}, at::kByte, x);
-  at::Tensor stats = call.run(input, dense_like(input, residual), y, masked ? mask : at::Tensor());
+  at::Tensor mask = empty_vector({call.mask_size(residual, for_backward, x.numel())}, at::kByte, x);
+  at::Tensor stats = run_forward(call, input, dense_like(input, residual), y, mask);
   return {y, stats, mask};
 }
 
@@ -212,15 +174,25 @@ at::Tensor batch_norm_inplace_dense(const at::Tensor& x, const OptionalTensor& w
                                     std::optional<double> momentum, double eps, bool unbiased_running_var,
                                     at::IntArrayRef ndims, ActivationName activation,
                                     std::optional<double> activation_param, bool for_backward) {
-  const ForwardCall call{weight,   bias,     running_mean, running_var,          num_batches_tracked,
-                         training, momentum, eps,          unbiased_running_var, require_activation(activation, activation_param)};
+  const ForwardCall call{weight,
+                         bias,
+                         running_mean,
+                         running_var,
+                         num_batches_tracked,
+                         training,
+                         momentum,
+                         eps,
+                         unbiased_running_var,
+                         require_activation(activation, activation_param)};
   call.check(x, ndims);
   require_invertible(call.activation);
   require_engine(x);
   if (for_backward) require_recoverable(weight);
+  TORCH_CHECK(!x.is_inference() || c10::InferenceMode::is_enabled(),
+              "Inplace update to inference tensor outside InferenceMode is not allowed.");
   at::assert_no_internal_overlap(x);
   const Input input(x);
-  at::Tensor stats = call.run(input, {}, input.dense, {});
+  at::Tensor stats = run_forward(call, input, {}, input.dense, empty_vector({0}, at::kByte, x));
   if (!input.dense.is_same(x)) x.copy_(input.dense);
   return stats;
 }
@@ -231,18 +203,21 @@ BackwardResult batch_norm_backward_dense(const at::Tensor& dy, const at::Tensor&
                                          const at::Tensor& stats, bool training, ActivationName activation,
                                          std::optional<double> activation_param, bool from_output,
                                          std::array<bool, 4> output_mask) {
-  const ActivationSpec act = require_activation(activation, activation_param);
-  check_backward(dy, x, residual, mask, weight, bias, stats, act, from_output, output_mask[3]);
+  const BackwardCall call{dy,          x,          residual, mask,
+                          weight,      bias,       stats,    require_activation(activation, activation_param),
+                          from_output, output_mask};
+  call.check();
   require_engine(x);
   const Input input(x);
   const at::Tensor dense_dy = dy.contiguous(input.format), dense_stats = stats.contiguous();
   const at::Tensor dense_residual = dense_like(input, residual);
+  const at::Tensor dense_mask = present(mask) ? mask->contiguous() : at::Tensor();
   const Parameter w(weight), b(bias);
   auto like_x = [&](bool wanted) {
     return wanted ? empty_output(input.dense, input.format) : empty_vector({0}, x.scalar_type(), x);
   };
   auto per_channel = [&](bool wanted) {
-    return empty_vector({wanted ? x.size(1) : 0}, parameter_grad_dtype(x), x);
+    return empty_vector({wanted ? x.size(1) : 0}, call.parameter_dtype(), x);
   };
   at::Tensor dx = like_x(output_mask[0] || output_mask[3]), dresidual = like_x(output_mask[3]);
   at::Tensor dweight = per_channel(output_mask[1]), dbias = per_channel(output_mask[2]);
@@ -252,13 +227,13 @@ BackwardResult batch_norm_backward_dense(const at::Tensor& dy, const at::Tensor&
   args.dtype = dtype_of(x.scalar_type());
   args.x = input.dense.const_data_ptr();
   args.dy = dense_dy.const_data_ptr();
-  args.residual = dense_residual.defined() ? dense_residual.const_data_ptr() : nullptr;
-  args.mask = present(mask) ? mask->const_data_ptr() : nullptr;
+  args.residual = pointer(dense_residual);
+  args.mask = pointer(dense_mask);
   args.dx = output_mask[0] || output_mask[3] ? dx.data_ptr() : nullptr;
   args.dresidual = output_mask[3] ? dresidual.data_ptr() : nullptr;
   args.weight = w.vector();
   args.bias = b.vector();
-  args.activation = act;
+  args.activation = call.activation;
   args.mean = dense_stats.const_data_ptr<double>();
   args.invstd = args.mean + x.size(1);
   args.dweight = output_mask[1] ? dweight.data_ptr() : nullptr;
@@ -270,57 +245,6 @@ BackwardResult batch_norm_backward_dense(const at::Tensor& dy, const at::Tensor&
   }
   if (!output_mask[0]) dx = like_x(false);  // made for the map that gives dresidual
   return {dx, dweight, dbias, dresidual};
-}
-
-ForwardResult batch_norm_meta(const at::Tensor& x, const OptionalTensor& residual,
-                              const OptionalTensor& weight, const OptionalTensor& bias,
-                              const OptionalTensor& running_mean, const OptionalTensor& running_var,
-                              const OptionalTensor& num_batches_tracked, bool training,
-                              std::optional<double> momentum, double eps, bool unbiased_running_var,
-                              at::IntArrayRef ndims, ActivationName activation,
-                              std::optional<double> activation_param, bool for_backward) {
-  const ForwardCall call{weight,   bias,     running_mean, running_var,          num_batches_tracked,
-                         training, momentum, eps,          unbiased_running_var, require_activation(activation, activation_param)};
-  call.check(x, ndims);
-  require_like_input("residual", residual, x);
-  const bool masked = wants_mask(residual, call.activation, for_backward);
-  return {at::empty_symint(x.sym_sizes(), x.options(), memory_format_of(x)),
-          at::empty_symint({2, x.sym_size(1)}, x.options().dtype(at::kDouble)),
-          at::empty_symint({masked ? mask_bytes(x.sym_numel()) : c10::SymInt(0)}, x.options().dtype(at::kByte))};
-}
-
-at::Tensor batch_norm_inplace_meta(const at::Tensor& x, const OptionalTensor& weight,
-                                   const OptionalTensor& bias, const OptionalTensor& running_mean,
-                                   const OptionalTensor& running_var,
-                                   const OptionalTensor& num_batches_tracked, bool training,
-                                   std::optional<double> momentum, double eps, bool unbiased_running_var,
-                                   at::IntArrayRef ndims, ActivationName activation,
-                                   std::optional<double> activation_param, bool) {
-  const ForwardCall call{weight,   bias,     running_mean, running_var,          num_batches_tracked,
-                         training, momentum, eps,          unbiased_running_var, require_activation(activation, activation_param)};
-  call.check(x, ndims);
-  require_invertible(call.activation);
-  return at::empty_symint({2, x.sym_size(1)}, x.options().dtype(at::kDouble));
-}
-
-BackwardResult batch_norm_backward_meta(const at::Tensor& dy, const at::Tensor& x,
-                                        const OptionalTensor& residual, const OptionalTensor& mask,
-                                        const OptionalTensor& weight, const OptionalTensor& bias,
-                                        const at::Tensor& stats, bool, ActivationName activation,
-                                        std::optional<double> activation_param, bool from_output,
-                                        std::array<bool, 4> output_mask) {
-  check_backward(dy, x, residual, mask, weight, bias, stats, require_activation(activation, activation_param),
-                 from_output, output_mask[3]);
-  auto like_x = [&](bool wanted) {
-    return wanted ? at::empty_symint(x.sym_sizes(), x.options(), memory_format_of(x))
-                  : at::empty_symint({0}, x.options());
-  };
-  const auto options = x.options().dtype(parameter_grad_dtype(x));
-  auto per_channel = [&](bool wanted) {
-    return at::empty_symint({wanted ? x.sym_size(1) : c10::SymInt(0)}, options);
-  };
-  return {like_x(output_mask[0]), per_channel(output_mask[1]), per_channel(output_mask[2]),
-          like_x(output_mask[3])};
 }
 
 }  // namespace bnext

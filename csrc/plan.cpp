@@ -53,7 +53,8 @@ Geometry make_geometry(const Extent& extent, Dtype dtype) {
 }  // namespace
 
 Traffic traffic(const Problem& problem) {
-  const int64_t residual = problem.residual, mask = problem.mask, dresidual = problem.residual || problem.mask;
+  const int64_t residual = problem.residual, mask = problem.mask,
+                dresidual = problem.residual || problem.mask;
   switch (problem.pass) {
     case Pass::forward:
       return {1, 1 + residual, 1, mask};
@@ -139,9 +140,11 @@ Plan make_plan(const Problem& problem, const Machine& machine) {
                         : cached                       ? std::max(tensors.read_by_reduce, tensors.read_by_map)
                                                        : tensors.read_by_reduce + tensors.read_by_map;
   const int64_t mask = mask_bytes(e.numel());
-  plan.bytes_moved = (reads + tensors.written) * tensor_bytes + (cached ? problem.mask : tensors.mask_passes) * mask;
+  plan.bytes_moved =
+      (reads + tensors.written) * tensor_bytes + (cached ? problem.mask : tensors.mask_passes) * mask;
   plan.bytes_minimum =
-      (std::max(tensors.read_by_reduce, tensors.read_by_map) + tensors.written) * tensor_bytes + problem.mask * mask;
+      (std::max(tensors.read_by_reduce, tensors.read_by_map) + tensors.written) * tensor_bytes +
+      problem.mask * mask;
 
   // Past the cache only what would not stay there: the call's tensors together exceed it. Whole lines only: a
   // line that is half streamed, half cached costs several times what streaming saves.

@@ -75,6 +75,22 @@ BNEXT_INLINE Lanes<A> load(const T* p) {
       [&](auto i) __attribute__((always_inline)) { return load_part<A>(p + i.value * Lanes<A>::kWidth); });
 }
 
+template <class To, class From>
+BNEXT_INLINE Lanes<To> to_lanes(const Lanes<From>& v) {
+  if constexpr (sizeof(To) == sizeof(From)) {
+    return v;
+  } else {
+    alignas(64) To buffer[kLanes];
+    for_each_index(
+        [&](auto i) __attribute__((always_inline)) {
+          store_native(buffer + i.value * Lanes<From>::kWidth,
+                       __builtin_convertvector(v.part[i.value], Native<To, kBytes / 2>));
+        },
+        typename CountTo<Lanes<From>::kParts>::type{});
+    return load<To>(buffer);
+  }
+}
+
 template <bool Streaming>
 struct VectorStore {
   template <class V>
