@@ -19,15 +19,18 @@ from bnext.reference_activations import parameter
 from problem import Problem
 
 ROOT = Path(__file__).resolve().parents[1]
+KERNELS = [f"cuda/{name}.cu" for name in ("forward", "backward", "resident_forward", "resident_backward")]
 SOURCES = [
     *(ROOT / "tests" / "cuda_on_host" / name for name in ("engine.cpp", *on_host.MODEL)),
-    *(ROOT / "csrc" / name for name in ("cuda/forward.cu", "cuda/backward.cu", "plan.cpp", "plan_cuda.cpp")),
+    *(ROOT / "csrc" / name for name in KERNELS),
+    *(ROOT / "csrc" / name for name in ("plan.cpp", "plan_cuda.cpp", "plan_resident.cpp")),
 ]
 # As in csrc/storage.h.
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 # As in csrc/activation.h.
 NUMBERED = ["none", *ACTIVATIONS]
 MASKED = ["relu", "leaky_relu", "relu6"]  # is_masked
+ENGINES = ["automatic", "streaming", "resident"]
 ORDERS = ["ascending", "descending", "random"]
 
 # One launch of each kernel, of every type: (shape, layout). Rows of odd and of whole vectors, joined rows, short runs
@@ -52,6 +55,9 @@ class Schedule:
     multiprocessors: int = 3
     block_threads: int = 64
     l2: int = 1 << 20
+    shared_memory: int = 48 << 10
+    multiprocessor_memory: int = 49 << 10
+    engine: str = "automatic"
 
 
 @dataclass(frozen=True)
@@ -62,6 +68,8 @@ class Fault:
     early_arrival: bool = False
     displace_stores: int = 0
     tear_atomics: bool = False
+    skip_group_barrier: bool = False
+    skip_async_wait: bool = False
 
 
 @dataclass
@@ -135,6 +143,9 @@ class HostCall:
             s.multiprocessors,
             s.block_threads,
             s.l2,
+            s.shared_memory,
+            s.multiprocessor_memory,
+            ENGINES.index(s.engine),
             *astuple(self.fault),
             NUMBERED.index(p.activation or "none"),
         ]

@@ -2,6 +2,7 @@
 #include "cuda/input_grad.cuh"
 #include "cuda/launch.h"
 #include "cuda/launching.cuh"
+#include "cuda/resident_launch.cuh"
 #include "dispatch.h"
 
 namespace bnext::cuda {
@@ -85,6 +86,7 @@ void backward(const BackwardArgs& args, const Plan& plan, const Workspace& works
     }
     return;
   }
+  if (plan.engine == Engine::resident) return resident_backward(args, plan, workspace);
   const bool whole = aligned(args);
   const int lanes = static_cast<int>(16 / size_of(args.dtype));
   BackwardParams p{args,

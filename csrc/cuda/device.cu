@@ -19,6 +19,7 @@ Device read_device(int index) {
   device.multiprocessors = static_cast<int>(attribute(cudaDevAttrMultiProcessorCount, index));
   device.block_threads = static_cast<int>(attribute(cudaDevAttrMaxThreadsPerBlock, index));
   device.shared_memory = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, index);
+  device.multiprocessor_memory = attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, index);
   device.l2 = attribute(cudaDevAttrL2CacheSize, index);
   // Two transfers per clock, in kHz, over a bus of so many bits.
   device.bandwidth = 2e3 * static_cast<double>(attribute(cudaDevAttrMemoryClockRate, index)) *

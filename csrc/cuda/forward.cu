@@ -2,6 +2,7 @@
 #include "cuda/launch.h"
 #include "cuda/launching.cuh"
 #include "cuda/normalize.cuh"
+#include "cuda/resident_launch.cuh"
 #include "dispatch.h"
 
 namespace bnext::cuda {
@@ -71,8 +72,8 @@ bool aligned(const ForwardArgs& args) {
 }
 
 void forward(const ForwardArgs& args, const Plan& plan, const Workspace& workspace) {
-  ForwardParams p{args, {}, {}, {}, plan.streaming_stores ? Reuse::no : Reuse::yes};
-  p.args.extent = plan.extent;
+  if (plan.engine == Engine::resident) return resident_forward(args, plan, workspace);
+  ForwardParams p = forward_params(args, plan);
   if (args.extent.numel() == 0) {
     fill_zero(kName, args.mean, args.extent.channels * int64_t{sizeof(double)}, workspace.stream);
     fill_zero(kName, args.invstd, args.extent.channels * int64_t{sizeof(double)}, workspace.stream);

@@ -17,6 +17,12 @@ struct ForwardParams {
   Reuse output_reuse;
 };
 
+inline ForwardParams forward_params(const ForwardArgs& args, const Plan& plan) {
+  ForwardParams p{args, {}, {}, {}, plan.streaming_stores ? Reuse::no : Reuse::yes};
+  p.args.extent = plan.extent;
+  return p;
+}
+
 // Of (x - center) in arithmetic precision: per batch its sum, and its squares around the batch's own mean
 // (Chan, Golub, LeVeque, "Updating formulae", 1979), so that a center far from the mean costs no digits;
 // batches in double.

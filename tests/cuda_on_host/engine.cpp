@@ -36,8 +36,9 @@ struct Call {
   // Elements from a boundary of 16 bytes to the tensor.
   int64_t shift_x, shift_dy, shift_out, shift_residual, shift_dresidual;
   int64_t order, seed, resident_blocks;
-  int64_t multiprocessors, block_threads, l2;
-  int64_t skip_barrier, early_arrival, displace_stores, tear_atomics;
+  int64_t multiprocessors, block_threads, l2, shared_memory, multiprocessor_memory;
+  int64_t engine;  // as in plan_cuda.h's Choice
+  int64_t skip_barrier, early_arrival, displace_stores, tear_atomics, skip_group_barrier, skip_async_wait;
   int64_t activation;  // as in activation.h
   double eps, momentum, activation_param;
 };
@@ -115,8 +116,8 @@ void write(std::ostream& out, Buffer* buffer) {
 
 // Counters are zero before and after; everything else in the workspace is dirty. Gives the kernels launched.
 template <class Args, class Run>
-uint64_t run_planned(const Args& args, Pass pass, const cuda::Device& device, Run run) {
-  const cuda::Plan plan = make_plan(Problem(args, pass), device, cuda::aligned(args));
+uint64_t run_planned(const Args& args, Pass pass, const cuda::Device& device, cuda::Choice engine, Run run) {
+  const cuda::Plan plan = make_plan(Problem(args, pass), device, cuda::aligned(args), engine);
   const uint64_t before = model::statistics().launches;
   Buffer scratch(static_cast<size_t>(plan.scratch_bytes));
   std::vector<unsigned> counters(static_cast<size_t>(plan.counters()), 0u);
@@ -158,11 +159,18 @@ void make(const Call& call, std::istream& in, std::ostream& out) {
   Buffer* const dresidual = buffers.empty(call.want_dresidual != 0, bytes, shifted(call.shift_dresidual));
 
   model::set_options({static_cast<model::Options::Order>(call.order), static_cast<uint64_t>(call.seed),
-                      static_cast<unsigned>(call.resident_blocks)});
+                      static_cast<unsigned>(call.resident_blocks),
+                      static_cast<unsigned>(call.multiprocessors * 2)});
   model::set_faults({static_cast<int>(call.skip_barrier), call.early_arrival != 0,
-                     static_cast<ptrdiff_t>(call.displace_stores), call.tear_atomics != 0});
-  const cuda::Device device{static_cast<int>(call.multiprocessors), static_cast<int>(call.block_threads),
-                            48 << 10, call.l2, 1e12};
+                     static_cast<ptrdiff_t>(call.displace_stores), call.tear_atomics != 0,
+                     call.skip_group_barrier != 0, call.skip_async_wait != 0});
+  const cuda::Device device{static_cast<int>(call.multiprocessors),
+                            static_cast<int>(call.block_threads),
+                            call.shared_memory,
+                            call.l2,
+                            1e12,
+                            call.multiprocessor_memory};
+  const auto engine = static_cast<cuda::Choice>(call.engine);
   auto vector = [&](Buffer* buffer) { return ChannelVector{data(buffer), vector_dtype}; };
 
   ForwardArgs forward;
@@ -186,8 +194,8 @@ void make(const Call& call, std::istream& in, std::ostream& out) {
   forward.unbiased_running_var = call.unbiased != 0;
   forward.activation = {static_cast<Activation>(call.activation), call.activation_param};
   uint64_t launches[2] = {};
-  launches[0] =
-      run_planned(forward, call.training != 0 ? Pass::forward : Pass::inference, device, cuda::forward);
+  launches[0] = run_planned(forward, call.training != 0 ? Pass::forward : Pass::inference, device, engine,
+                            cuda::forward);
 
   if (call.backward != 0) {
     BackwardArgs backward;
@@ -209,7 +217,7 @@ void make(const Call& call, std::istream& in, std::ostream& out) {
     backward.dbias = data(dbias);
     backward.batch_statistics = call.training != 0;
     launches[1] = run_planned(backward, call.training != 0 ? Pass::backward : Pass::frozen_backward, device,
-                              cuda::backward);
+                              engine, cuda::backward);
   }
   buffers.require_guards();
   for (Buffer* result : {y, mask, stats, running_mean, running_var, counter, dx, dweight, dbias, dresidual})

@@ -24,14 +24,17 @@ struct Options {
   } order = Order::ascending;    // of blocks, threads in a block
   uint64_t seed = 0;             // of the random order, which goes on from launch to launch
   unsigned resident_blocks = 4;  // alive at once; the others start as these end, as in any ordinary launch
+  unsigned device_blocks = 64;   // that the device holds at once, all of a cooperative launch among them
 };
 
 // Planted faults, for tests of the model and of the tests of kernels: something must catch each.
 struct Faults {
   int skip_barrier = -1;  // each thread passes its k-th sync_block(), from 0, neither waiting nor ordering
-  bool early_arrival = false;     // last_to_arrive() says true to the first block instead of the last
-  ptrdiff_t displace_stores = 0;  // bytes that displaced() adds
-  bool tear_atomics = false;      // set_bits() reads, and then writes
+  bool early_arrival = false;       // last_to_arrive() says true to the first block instead of the last
+  ptrdiff_t displace_stores = 0;    // bytes that displaced() adds
+  bool tear_atomics = false;        // set_bits() reads, and then writes
+  bool skip_group_barrier = false;  // arrive_and_wait() waits for nobody
+  bool skip_async_wait = false;     // wait_for_copies() returns with all copies under way
 };
 
 void set_options(const Options& options);
@@ -43,6 +46,10 @@ void set_faults(const Faults& faults);
 // spins and never waits is not noticed). After an exception the next launch starts afresh; threads that were
 // under way are left as they are, without running destructors.
 void launch(unsigned blocks, unsigned threads, size_t shared_bytes, const std::function<void()>& body);
+
+// All blocks are alive at once; std::runtime_error where the device does not hold as many.
+void launch_cooperative(unsigned blocks, unsigned threads, size_t shared_bytes,
+                        const std::function<void()>& body);
 
 // Since the start of the process.
 struct Statistics {
@@ -77,6 +84,25 @@ uint64_t exchange(uint64_t value, unsigned source_lane);
 // up by one; the one that makes it `expected` gets true in all threads, sees what the others wrote before,
 // and leaves 0 behind.
 bool last_to_arrive(unsigned* counter, unsigned expected);
+
+// All threads of a block call it. Each block counts *counter up by one, then waits until it is `target`; what
+// blocks did before they counted is visible after. Only blocks that are alive at once can wait for each
+// other.
+void arrive_and_wait(unsigned* counter, unsigned target);
+
+// The same without waiting, and without ordering anything: the block that makes it `last` leaves 0 behind.
+void leave_group(unsigned* counter, unsigned last);
+
+// Begins a copy of 16 bytes, which happens as late as it may: when the thread waits for it. Until then the
+// destination, block memory, holds poison, and AddressSanitizer reports whoever reads it.
+void begin_copy(void* to, const void* from);
+
+// The copies begun since the last call are a batch.
+void commit_copies();
+
+// Until all batches but the latest `pending` are there; the calling thread sees them. A thread must not end
+// with copies under way.
+void wait_for_copies(unsigned pending);
 
 // Bytes of Faults::displace_stores.
 ptrdiff_t store_displacement();

@@ -20,7 +20,10 @@ constexpr const char* kNames[] = {"are running",
                                   "wait at the beginning of last_to_arrive",
                                   "wait at the end of last_to_arrive",
                                   "wait in sync_warp",
-                                  "wait in exchange"};
+                                  "wait in exchange",
+                                  "wait at the beginning of arrive_and_wait",
+                                  "wait for other blocks",
+                                  "wait at the end of arrive_and_wait"};
 
 Memory new_block_memory(size_t bytes) {
   auto* const memory = static_cast<std::byte*>(::operator new(bytes, std::align_val_t{kMemoryAlignment}));
@@ -32,6 +35,9 @@ MODEL_UNINSTRUMENTED void run_thread() {
   acquire(&launched->begin_token);
   try {
     launched->body();
+    for (const auto& batch : current->copies) {
+      if (!batch.empty()) throw std::runtime_error("a thread ends with copies under way");
+    }
   } catch (...) {
     const Unwatched unwatched;
     launched->failure = std::current_exception();
@@ -81,11 +87,13 @@ std::string describe(const Block& block) {
   return text;
 }
 
-Launch::Launch(unsigned blocks, unsigned threads, size_t shared_bytes, const std::function<void()>& body)
+Launch::Launch(unsigned blocks, unsigned threads, size_t shared_bytes, unsigned alive,
+               const std::function<void()>& body)
     : blocks(blocks),
       threads(threads),
       body(body),
       shared_bytes_(shared_bytes),
+      alive_(alive),
       block_order_(blocks),
       thread_order_(threads) {
   std::iota(block_order_.begin(), block_order_.end(), 0u);
@@ -112,29 +120,34 @@ Launch::~Launch() {
 }
 
 void Launch::start_blocks() {
-  const unsigned most =
-      std::min(process.options.resident_blocks, kThreadSanitizer ? kMostFibers / threads : blocks);
-  while (started_ < blocks && resident_.size() < std::max(most, 1u)) {
+  while (started_ < blocks && resident_.size() < std::max(alive_, 1u)) {
     resident_.push_back(std::make_unique<Block>(block_order_[started_], threads, shared_bytes_));
     ++started_;
   }
 }
 
+bool Thread::can_run() const {
+  const Place place = block->places[index];
+  return place == Place::running || (place == Place::group && *waits_for >= target);
+}
+
 // Every thread that can run runs until it waits.
-void Launch::give_turn(Block& block) {
+bool Launch::give_turn(Block& block) {
   if (process.options.order == Options::Order::random) {
     std::shuffle(thread_order_.begin(), thread_order_.end(), process.generator);
   }
   bool progress = false;
   for (const unsigned t : thread_order_) {
-    if (block.places[t] != Place::running) continue;
+    if (!block.threads[t].can_run()) continue;
     progress = true;
     current = &block.threads[t];
     current->fiber.enter();
     if (failure) std::rethrow_exception(failure);
   }
-  if (!progress) throw std::runtime_error("deadlock in " + describe(block));
-  if (++block.idle_turns > kPatience) throw std::runtime_error("livelock in " + describe(block));
+  const bool waits = std::find(block.places.begin(), block.places.end(), Place::group) != block.places.end();
+  if (!progress && !waits) throw std::runtime_error("deadlock in " + describe(block));
+  if (progress && ++block.idle_turns > kPatience) throw std::runtime_error("livelock in " + describe(block));
+  return progress;
 }
 
 void Launch::retire(std::unique_ptr<Block> block) {
@@ -149,13 +162,15 @@ void Launch::run() {
     if (process.options.order == Options::Order::random) {
       std::shuffle(resident_.begin(), resident_.end(), process.generator);
     }
+    bool progress = false;
     for (auto& block : resident_) {
-      give_turn(*block);
+      progress |= give_turn(*block);
       if (block->ended == threads) {
         ++process.counts.blocks;
         retire(std::move(block));
       }
     }
+    if (!progress) throw std::runtime_error("deadlock between blocks: " + describe(*resident_.front()));
     std::erase(resident_, nullptr);
   }
 }

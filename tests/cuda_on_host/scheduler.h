@@ -3,6 +3,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <deque>
 #include <exception>
 #include <functional>
 #include <memory>
@@ -19,7 +20,18 @@ namespace model {
 constexpr unsigned kWarp = Stacks::kCount;
 
 // Where a thread is: it can run, it has ended, or it waits in one of these functions.
-enum class Place : uint8_t { running, ended, sync_block, arrival_begin, arrival_end, sync_warp, exchange };
+enum class Place : uint8_t {
+  running,
+  ended,
+  sync_block,
+  arrival_begin,
+  arrival_end,
+  sync_warp,
+  exchange,
+  group_begin,
+  group,  // in arrive_and_wait, for other blocks
+  group_end
+};
 
 // Of threads first to first + count of a block. A token orders memory for one generation: were there a single
 // one, a thread that is late to leave would also be ordered after what others do next. Two take turns, since
@@ -39,12 +51,26 @@ struct Warp {
 
 struct Block;
 
+struct Copy {
+  std::byte* to;
+  const std::byte* from;
+};
+
 struct Thread {
   Fiber fiber;
   Block* block = nullptr;
   unsigned index = 0;
   int barriers = 0;  // calls of sync_block()
+  // Copies under way, batch by batch: the last is not committed.
+  std::deque<std::vector<Copy>> copies = std::deque<std::vector<Copy>>(1);
+  const unsigned* waits_for = nullptr;  // in Place::group, to become
+  unsigned target = 0;
+
+  bool can_run() const;
 };
+
+// All threads of the barrier wait for each other, in this one function; all but exchange() order memory.
+void wait_at(Barrier& barrier, Place place);
 
 constexpr size_t kMemoryAlignment = 128;
 
@@ -59,6 +85,7 @@ struct Block {
   unsigned index, ended = 0;
   unsigned idle_turns = 0;  // since a thread ended
   bool last = false;        // what last_to_arrive() says
+  unsigned met = 0;         // calls of arrive_and_wait()
   Barrier barrier;
   std::vector<Place> places;  // of threads
   std::unique_ptr<Thread[]> threads;
@@ -80,7 +107,8 @@ extern Process process;
 
 class Launch {
  public:
-  Launch(unsigned blocks, unsigned threads, size_t shared_bytes, const std::function<void()>& body);
+  Launch(unsigned blocks, unsigned threads, size_t shared_bytes, unsigned alive,
+         const std::function<void()>& body);
   ~Launch();
 
   void run();
@@ -92,10 +120,11 @@ class Launch {
 
  private:
   void start_blocks();
-  void give_turn(Block& block);
+  bool give_turn(Block& block);  // whether a thread could run
   void retire(std::unique_ptr<Block> block);
 
   const size_t shared_bytes_;
+  const unsigned alive_;  // blocks at once
   std::vector<unsigned> block_order_, thread_order_;
   size_t started_ = 0;
   std::vector<std::unique_ptr<Block>> resident_;
