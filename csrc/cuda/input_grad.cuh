@@ -79,6 +79,8 @@ struct GradSumsReducer : BackwardTensors<T, kSlope, kStatistics> {
     return center;
   }
 
+  BNEXT_DEVICE static bits_t<T> fill(const Center&) { return 0; }  // dz of zero adds nothing
+
   struct Centers {
     Center values[kLanes<T>];
 

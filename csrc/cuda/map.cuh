@@ -23,12 +23,13 @@ struct Mapping {
 // Of every input in flight per thread: where nothing is in the way, and where boundaries are.
 constexpr int kMapVectors = 4, kFewVectors = 2;
 
-// Of vectors that are loaded, what belongs to their places.
+// Loads of all vectors, then their stores.
 template <bool kWhole, class Map, int kVectors, class Coefficient>
-BNEXT_DEVICE void write_batch(const Map& map, const Span (&places)[kVectors],
-                              const Batch<Map, kVectors>& batch, Coefficient coefficient) {
+BNEXT_DEVICE void map_batch(const Map& map, const Span (&places)[kVectors], Coefficient coefficient) {
   using T = typename Map::Storage;
   constexpr int kCount = kLanes<T>;
+  Batch<Map, kVectors> batch;
+  load_batch<Reuse::no, kWhole>(map, places, Vector16{}, batch);
   BNEXT_UNROLL
   for (int u = 0; u < kVectors; ++u) {
     Elements<Map, kCount> elements;
@@ -45,14 +46,6 @@ BNEXT_DEVICE void write_batch(const Map& map, const Span (&places)[kVectors],
       if (mask.data != nullptr) mask.write<kCount, kWhole>(places[u], bits);
     }
   }
-}
-
-// Loads of all vectors, then their stores.
-template <bool kWhole, class Map, int kVectors, class Coefficient>
-BNEXT_DEVICE void map_batch(const Map& map, const Span (&places)[kVectors], Coefficient coefficient) {
-  Batch<Map, kVectors> batch;
-  load_batch<Reuse::no, kWhole>(map, places, Vector16{}, batch);
-  write_batch<kWhole>(map, places, batch, coefficient);
 }
 
 template <class Map>

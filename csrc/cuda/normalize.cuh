@@ -58,6 +58,13 @@ struct MomentsReducer {
     return std::isfinite(middle) ? static_cast<Math>(middle) : Math{0};
   }
 
+  // An element that adds nothing.
+  BNEXT_DEVICE static bits_t<T> fill(Math center) {
+    Vector16 v{};
+    set_element<T>(v, 0, center);
+    return element_bits<T>(v, 0);
+  }
+
   struct Centers {
     Vector16 elements{};
 

@@ -4,69 +4,13 @@
 // block of the group, so that all have the same bits without a second wait.
 #pragma once
 
+#include "cuda/kept.cuh"
 #include "cuda/map.cuh"
 #include "cuda/primitives_together.cuh"
 #include "cuda/reduce.cuh"
 #include "cuda/slabs.cuh"
 
 namespace bnext::cuda {
-
-struct Resident {
-  Reduction reduction;  // groups: slabs, chunks: blocks of one; counters: one for all blocks, then per slab
-  unsigned together;    // slabs under way at once
-  int depth;            // vectors that a thread keeps of each input
-  bool same_phase;      // all tensors begin at the same distance from a boundary of sixteen bytes
-  ResidentMemory memory;
-
-  BNEXT_DEVICE unsigned* counter_of_all() const { return reduction.counters; }
-  BNEXT_DEVICE unsigned* counter_of(unsigned group) const { return reduction.counters + 1 + group; }
-};
-
-// Batches of copies that a thread has under way.
-constexpr int kBatchesAhead = 4;
-
-// The calling thread's vectors in block memory.
-struct Kept {
-  Vector16* first;
-  int threads, depth;
-
-  BNEXT_DEVICE Vector16& at(int input, int k) const { return first[(input * depth + k) * threads]; }
-};
-
-// Whether all of a vector is there and lies on a boundary, in all tensors of one phase.
-template <int kCount>
-BNEXT_DEVICE bool is_whole(const Span& place, int64_t numel, int phase) {
-  return place.low <= 0 && place.high >= kCount && place.at >= 0 && place.at + kCount <= numel &&
-         (place.at + phase) % kCount == 0;
-}
-
-// Elements of a place, wherever it lies; others are zero. It reads nothing that belongs to other places,
-// which another block may be writing to.
-template <class T>
-BNEXT_DEVICE Vector16 load_elements(const Input<T>& input, const Span& place) {
-  Vector16 v{};
-  BNEXT_UNROLL
-  for (int lane = 0; lane < kLanes<T>; ++lane) {
-    const int64_t e = place.at + lane;
-    if (lane >= place.low && lane < place.high && e >= 0 && e < input.numel) {
-      set_element_bits<T>(v, lane, reinterpret_cast<const bits_t<T>*>(input.data)[e]);
-    }
-  }
-  return v;
-}
-
-// The vector with what adds nothing where its place has no element.
-template <class T>
-BNEXT_DEVICE Vector16 filled(Vector16 v, const Vector16& fill, const Span& place, int64_t numel) {
-  BNEXT_UNROLL
-  for (int lane = 0; lane < kLanes<T>; ++lane) {
-    const int64_t e = place.at + lane;
-    if (lane < place.low || lane >= place.high || e < 0 || e >= numel) {
-      set_element_bits<T>(v, lane, element_bits<T>(fill, lane));
-    }
-  }
-  return v;
-}
 
 template <class Slab, class Reducer, class Map>
 struct ResidentBlock {
@@ -105,16 +49,28 @@ struct ResidentBlock {
     return r.same_phase && cuda::is_whole<kCount>(place, numel, phase);
   }
 
-  BNEXT_DEVICE void copy(const Span& place, int k) const {
+  BNEXT_DEVICE bits_t<T>* lanes(int input, int k) const {
+    return reinterpret_cast<bits_t<T>*>(&kept.at(input, k));
+  }
+
+  // What is read of memory belongs to this place alone: another block may be writing to the next. Lanes
+  // without an element get what adds nothing.
+  BNEXT_DEVICE void copy(const Slab& slab, const Center* centers, const Span& place, int k) const {
     const bool whole = is_whole(place);
     BNEXT_UNROLL
     for (int i = 0; i < kInputs; ++i) {
       if (!is_there(i)) continue;
-      const Input<T> input = reducer.input(i);
+      const T* const data = reducer.input(i).data;
       if (whole) {
-        begin_copy(&kept.at(i, k), input.data + place.at);
+        begin_copy(&kept.at(i, k), data + place.at);
       } else {
-        kept.at(i, k) = load_elements(input, place);
+        bits_t<T>* const to = lanes(i, k);
+        each_lane<kCount>(place, numel, [&](int lane, int64_t e) {
+          const int c = slab.channel(lane);
+          to[lane] = e >= 0  ? reinterpret_cast<const bits_t<T>*>(data)[e]
+                     : c < 0 ? bits_t<T>{0}
+                             : Reducer::fill(centers[c]);
+        });
       }
     }
   }
@@ -126,18 +82,23 @@ struct ResidentBlock {
     const auto begin_batch = [&] {
       BNEXT_NO_UNROLL
       for (int u = 0; u < kVectors && begun < slab.count; ++u) {
-        copy(ahead.place(), begun++);
+        copy(slab, centers, ahead.place(), begun++);
         ahead.forward();
       }
       commit_copies();
     };
+    // Parts of vectors are filled up with centers, which otherwise can wait for copies to be under way.
     BNEXT_NO_UNROLL
-    for (int batch = 0; batch < kBatchesAhead; ++batch) begin_batch();
-
-    for (int k = thread_index(); k < slab.channels; k += thread_count()) {
-      centers[k] = reducer.center(slab.first_channel + k);
+    for (int batch = r.whole ? 0 : -1; batch < kBatchesAhead + int{r.whole}; ++batch) {
+      if (batch == (r.whole ? kBatchesAhead : -1)) {
+        for (int k = thread_index(); k < slab.channels; k += thread_count()) {
+          centers[k] = reducer.center(slab.first_channel + k);
+        }
+        sync_block();
+      } else {
+        begin_batch();
+      }
     }
-    sync_block();
     typename Reducer::Centers held;
     BNEXT_UNROLL
     for (int lane = 0; lane < kCount; ++lane) {
@@ -150,49 +111,48 @@ struct ResidentBlock {
     auto at = slab.places();
     BNEXT_NO_UNROLL
     for (int k = 0; k < slab.count; k += kVectors) {
+      Batch<Reducer, kVectors> batch;
+      Span places[kVectors] = {};
+      if constexpr (Reducer::kReadsMask) {
+        BNEXT_UNROLL
+        for (int u = 0; u < kVectors; ++u) {
+          if (k + u < slab.count) places[u] = at.place();
+          at.forward();
+        }
+      }
+      load_bits<false>(reducer, places, batch);
       begin_batch();
       wait_for_copies<kBatchesAhead>();
-      Span places[kVectors];
-      Batch<Reducer, kVectors> batch;
-      BNEXT_UNROLL
-      for (int u = 0; u < kVectors; ++u) {
-        places[u] = k + u < slab.count ? at.place() : Span{0, 0, 0};
-        at.forward();
-      }
       BNEXT_UNROLL
       for (int i = 0; i < kInputs; ++i) {
         BNEXT_UNROLL
         for (int u = 0; u < kVectors; ++u) {
-          batch.input[i][u] = fill;
-          if (places[u].high > 0 && is_there(i)) {
-            batch.input[i][u] = kept.at(i, k + u);
-            if (!is_whole(places[u]))
-              batch.input[i][u] = filled<T>(batch.input[i][u], fill, places[u], numel);
-          }
+          batch.input[i][u] = is_there(i) && k + u < slab.count ? kept.at(i, k + u) : fill;
         }
       }
-      load_bits<false>(reducer, places, batch);
       slab.add(reducer, batch, held, sums);
     }
     slab.add_up(sums, memory<double>(r.memory.values), to);
   }
 
-  template <bool kWhole, int kBatch, class Coefficient>
-  BNEXT_DEVICE void write(const Span (&places)[kBatch], int k, Coefficient coefficient) const {
-    Batch<Map, kBatch> batch;
+  // Outputs of a vector; those of a part of one by way of what was kept of it.
+  BNEXT_DEVICE void write(const Span& place, int k, const Math (&out)[Map::kOutputs][kCount]) const {
+    const bool whole = is_whole(place);
     BNEXT_UNROLL
-    for (int i = 0; i < Map::kInputs; ++i) {
-      if (i >= kInputs) {
-        load_input<Reuse::no, kWhole>(map, i, places, Vector16{}, batch);
+    for (int i = 0; i < Map::kOutputs; ++i) {
+      if (!writes(map, i)) continue;
+      const Output<T> output = map.output(i);
+      const Vector16 v = pack<T>(out[i]);
+      if (whole) {
+        output.store(place.at, v);
       } else {
-        BNEXT_UNROLL
-        for (int u = 0; u < kBatch; ++u) {
-          batch.input[i][u] = places[u].high > 0 && is_there(i) ? kept.at(i, k + u) : Vector16{};
-        }
+        kept.at(0, k) = v;
+        const bits_t<T>* const from = lanes(0, k);
+        each_lane<kCount>(place, numel, [&](int lane, int64_t e) {
+          if (e >= 0) store(reinterpret_cast<bits_t<T>*>(output.data) + e, from[lane]);
+        });
       }
     }
-    load_bits<kWhole>(map, places, batch);
-    write_batch<kWhole>(map, places, batch, coefficient);
   }
 
   // values: [coefficient][channel of the slab].
@@ -207,27 +167,33 @@ struct ResidentBlock {
       }
     }
     const auto coefficient = [&](int k, int lane) { return held[k][Slab::kSums == 1 ? 0 : lane]; };
-    auto at = slab.places();
+    Ahead<Map, kInputs> besides;
+    auto at = slab.places(), next = at;
+    int pushed = 0;
+    const auto push = [&] {
+      besides.push(map, pushed++ < slab.count ? next.place() : Span{0, 0, 0});
+      next.forward();
+    };
     BNEXT_NO_UNROLL
-    for (int k = 0; k < slab.count;) {
-      Span places[kMapVectors];
-      bool whole = k + kMapVectors <= slab.count;
-      auto next = at;
+    for (int u = 0; u < besides.kVectors; ++u) push();
+    BNEXT_NO_UNROLL
+    for (int k = 0; k < slab.count; ++k) {
+      Elements<Map, kCount> elements;
+      Math out[Map::kOutputs][kCount];
       BNEXT_UNROLL
-      for (int u = 0; u < kMapVectors; ++u) {
-        places[u] = next.place();
-        whole = whole && is_whole(places[u]);
-        next.forward();
+      for (int i = 0; i < Map::kInputs && i < kInputs; ++i) {
+        besides.batch.input[i][0] = is_there(i) ? kept.at(i, k) : Vector16{};
       }
-      if (whole) {
-        write<true>(places, k, coefficient);
-        at = next;
-        k += kMapVectors;
-      } else {
-        const Span single[1] = {at.place()};
-        write<false>(single, k, coefficient);
-        at.forward();
-        ++k;
+      BNEXT_UNROLL
+      for (int lane = 0; lane < kCount; ++lane) elements.take(lane, besides.batch, 0, lane);
+      const Span place = at.place();
+      at.forward();
+      push();
+      const uint32_t bits = map.values(elements, coefficient, out);
+      write(place, k, out);
+      if constexpr (Map::kWritesMask) {
+        const MaskOutput mask = map.mask();
+        if (mask.data != nullptr) mask.write<kCount, false>(place, bits);
       }
     }
   }
@@ -244,22 +210,22 @@ struct ResidentBlock {
     unsigned arrivals = 0;
     for (int64_t number = group; number < t.groups; number += r.together) {
       const Slab slab(r.reduction, number, chunk, phase);
-      const auto fold = [&](int k, const Sums& sums) {
-        const int64_t c = slab.first_channel + k;
-        Math of_channel[kCoefficients];
-        map.coefficients(c, centers[k], sums, of_channel);
-        BNEXT_UNROLL
-        for (int i = 0; i < kCoefficients; ++i) values[i * slab.channels + k] = of_channel[i];
-        if (chunk == 0) reducer.fold(c, centers[k], sums);
-      };
       if (chunks == 1) {
         reduce(slab, centers, totals);
-        for (int k = thread_index(); k < slab.channels; k += thread_count()) fold(k, totals[k]);
       } else {
-        const int64_t channels = r.reduction.extent.channels;
-        reduce(slab, centers, r.reduction.partial + chunk * channels + slab.first_channel);
+        reduce(slab, centers, r.reduction.partial + chunk * r.reduction.extent.channels + slab.first_channel);
         arrive_and_wait(counter, arrivals += chunks);
-        total(r.reduction, slab.first_channel, slab.channels, memory<double>(r.memory.values), fold);
+        total(r.reduction, slab.first_channel, slab.channels, memory<double>(r.memory.values),
+              [&](int k, const Sums& sums) { totals[k] = sums; });
+        sync_block();
+      }
+      for (int k = thread_index(); k < slab.channels; k += thread_count()) {
+        const int64_t c = slab.first_channel + k;
+        Math of_channel[kCoefficients];
+        map.coefficients(c, centers[k], totals[k], of_channel);
+        BNEXT_UNROLL
+        for (int i = 0; i < kCoefficients; ++i) values[i * slab.channels + k] = of_channel[i];
+        if (chunk == 0) reducer.fold(c, centers[k], totals[k]);
       }
       sync_block();
       write_all(slab, values);

@@ -44,6 +44,8 @@ inline Resident resident_of(const Plan& plan, int lanes, int inputs,
           static_cast<unsigned>(plan.together),
           plan.depth,
           same_phase,
+          same_phase && on_boundary(first) && whole_vectors(plan.reduce, lanes) &&
+              plan.extent.numel() % lanes == 0,
           ResidentMemory(plan.reduce, lanes, inputs, plan.depth)};
 }
 
@@ -80,10 +82,14 @@ void launch_resident(const char* name, void (*kernel)(Params), const Plan& plan,
                      Params params) {
   allow_memory(name, kernel, plan);
   void* arguments[] = {&params};
-  const auto call = plan.waiting_blocks > 0 ? cudaLaunchCooperativeKernel<void> : cudaLaunchKernel<void>;
-  require(name, call(reinterpret_cast<const void*>(kernel), dim3(static_cast<unsigned>(plan.reduce_blocks())),
-                     dim3(static_cast<unsigned>(plan.reduce.threads)), arguments,
-                     static_cast<size_t>(plan.block_memory), static_cast<cudaStream_t>(stream)));
+  const auto function = reinterpret_cast<const void*>(kernel);
+  const dim3 grid(static_cast<unsigned>(plan.reduce_blocks())),
+      block(static_cast<unsigned>(plan.reduce.threads));
+  const auto memory = static_cast<size_t>(plan.block_memory);
+  const auto on = static_cast<cudaStream_t>(stream);
+  require(name, plan.waiting_blocks > 0
+                    ? cudaLaunchCooperativeKernel(function, grid, block, arguments, memory, on)
+                    : cudaLaunchKernel(function, grid, block, arguments, memory, on));
 }
 
 #else
