@@ -8,7 +8,7 @@
 
 namespace bnext::cuda {
 
-// Where the calling thread stands in a group.
+// Where a thread of the block stands in a group.
 template <int kCount>
 struct Columns {
   int64_t first_channel;  // of the group
@@ -18,14 +18,14 @@ struct Columns {
   bool active;  // there is such a row
   int lanes;    // elements of its vector, as far as the row goes
 
-  BNEXT_DEVICE Columns(const Extent& extent, const Tiling& t, int64_t group)
+  BNEXT_DEVICE Columns(const Extent& extent, const Tiling& t, int64_t group, int thread)
       : first_channel(group * t.group_channels),
         channels(static_cast<int>(min_of(t.group_channels, extent.channels - first_channel))),
         width(static_cast<int>(min_of(t.group_width, t.row_length - group * t.group_width))),
         inner(static_cast<int>(extent.inner)),
         vectors(static_cast<int>(t.vectors)),
-        column(static_cast<int>(thread_index()) % vectors),
-        row(static_cast<int>(thread_index()) / vectors),
+        column(thread % vectors),
+        row(thread / vectors),
         active(row < t.height),
         lanes(!active ? 0 : static_cast<int>(min_of<int64_t>(kCount, width - column * kCount))) {
     base = group * t.group_width + column * kCount;

@@ -15,13 +15,12 @@ struct Resident {
   bool same_phase;      // all tensors begin at the same distance from a boundary of sixteen bytes
   bool whole;           // every place is a whole vector on a boundary
   ResidentMemory memory;
+  int64_t numel;
+  int phase;  // elements from a boundary to output 0 of the map
 
   BNEXT_DEVICE unsigned* counter_of_all() const { return reduction.counters; }
-  BNEXT_DEVICE unsigned* counter_of(unsigned group) const { return reduction.counters + 1 + group; }
+  BNEXT_DEVICE unsigned* counter_of(unsigned slab) const { return reduction.counters + 1 + slab % together; }
 };
-
-// Batches of copies that a thread has under way.
-constexpr int kBatchesAhead = 4;
 
 // The calling thread's vectors in block memory.
 struct Kept {

@@ -47,25 +47,53 @@ BNEXT_DEVICE void commit_copies() {
 #endif
 }
 
-// Until all of the calling thread's batches but the latest kPending are there, for that thread.
-template <int kPending>
-BNEXT_DEVICE void wait_for_copies() {
+// Until all of the calling thread's batches but the latest `pending` are there, for that thread. The
+// instruction has the number in it: more than seven count as seven.
+BNEXT_DEVICE void wait_for_copies([[maybe_unused]] int pending) {
 #if __CUDA_ARCH__ >= 800
-  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+  switch (pending) {
+    case 0:
+      asm volatile("cp.async.wait_group 0;" ::: "memory");
+      break;
+    case 1:
+      asm volatile("cp.async.wait_group 1;" ::: "memory");
+      break;
+    case 2:
+      asm volatile("cp.async.wait_group 2;" ::: "memory");
+      break;
+    case 3:
+      asm volatile("cp.async.wait_group 3;" ::: "memory");
+      break;
+    case 4:
+      asm volatile("cp.async.wait_group 4;" ::: "memory");
+      break;
+    case 5:
+      asm volatile("cp.async.wait_group 5;" ::: "memory");
+      break;
+    case 6:
+      asm volatile("cp.async.wait_group 6;" ::: "memory");
+      break;
+    default:
+      asm volatile("cp.async.wait_group 7;" ::: "memory");
+  }
 #endif
 }
 
+// The value. What follows from it is computed again rather than kept in registers from the last time.
+BNEXT_DEVICE int64_t anew(int64_t value) {
+  asm volatile("" : "+l"(value));
+  return value;
+}
+
 #else
+
+inline int64_t anew(int64_t value) { return value; }
 
 using model::arrive_and_wait;
 using model::begin_copy;
 using model::commit_copies;
 using model::leave_group;
-
-template <int kPending>
-void wait_for_copies() {
-  model::wait_for_copies(kPending);
-}
+using model::wait_for_copies;
 
 #endif
 

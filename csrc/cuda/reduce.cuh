@@ -137,7 +137,7 @@ BNEXT_DEVICE void reduce_rows(const Reduction& r, Reducer& reducer) {
   const Tiling& t = r.tiling;
   const unsigned groups = static_cast<unsigned>(t.groups);
   const int64_t group = block_index() % groups, chunk = block_index() / groups;
-  const Columns<kCount> at_columns(r.extent, t, group);
+  const Columns<kCount> at_columns(r.extent, t, group, static_cast<int>(thread_index()));
   const int64_t first_channel = at_columns.first_channel;
   const int channels = at_columns.channels, lanes = at_columns.lanes;
   const int index = static_cast<int>(thread_index()), threads = static_cast<int>(thread_count());

@@ -25,16 +25,12 @@ struct ResidentBlock {
   const Resident& r;
   const Reducer& reducer;
   const Map& map;
-  int64_t numel;
-  int phase;
   Kept kept;
 
   BNEXT_DEVICE ResidentBlock(const Resident& r, const Reducer& reducer, const Map& map)
       : r(r),
         reducer(reducer),
         map(map),
-        numel(r.reduction.extent.numel()),
-        phase(phase_of(map.output(0).data)),
         kept{reinterpret_cast<Vector16*>(block_memory()) + thread_index(), static_cast<int>(thread_count()),
              r.depth} {}
 
@@ -46,7 +42,7 @@ struct ResidentBlock {
     return input < Reducer::kSureInputs || reducer.input(input).data != nullptr;
   }
   BNEXT_DEVICE bool is_whole(const Span& place) const {
-    return r.same_phase && cuda::is_whole<kCount>(place, numel, phase);
+    return r.same_phase && cuda::is_whole<kCount>(place, r.numel, r.phase);
   }
 
   BNEXT_DEVICE bits_t<T>* lanes(int input, int k) const {
@@ -65,7 +61,7 @@ struct ResidentBlock {
         begin_copy(&kept.at(i, k), data + place.at);
       } else {
         bits_t<T>* const to = lanes(i, k);
-        each_lane<kCount>(place, numel, [&](int lane, int64_t e) {
+        each_lane<kCount>(place, r.numel, [&](int lane, int64_t e) {
           const int c = slab.channel(lane);
           to[lane] = e >= 0  ? reinterpret_cast<const bits_t<T>*>(data)[e]
                      : c < 0 ? bits_t<T>{0}
@@ -75,28 +71,27 @@ struct ResidentBlock {
     }
   }
 
-  // The sums of this block's share into to[channel of the slab]; leaves the centers of its channels.
-  BNEXT_DEVICE void reduce(const Slab& slab, Center* centers, Sums* to) const {
-    auto ahead = slab.places();
-    int begun = 0;
-    const auto begin_batch = [&] {
-      BNEXT_NO_UNROLL
-      for (int u = 0; u < kVectors && begun < slab.count; ++u) {
-        copy(slab, centers, ahead.place(), begun++);
-        ahead.forward();
+  // The sums of this thread's vectors; leaves the centers of the slab's channels.
+  BNEXT_DEVICE void reduce(const Slab& slab, Center* centers, Sums (&sums)[Slab::kSums]) const {
+    const auto find_centers = [&] {
+      for (int k = thread_index(); k < slab.channels; k += thread_count()) {
+        centers[k] = reducer.center(slab.first_channel + k);
       }
-      commit_copies();
+      sync_block();
     };
-    // Parts of vectors are filled up with centers, which otherwise can wait for copies to be under way.
+    // Parts of vectors are filled up with centers, which otherwise wait until copies are under way.
     BNEXT_NO_UNROLL
-    for (int batch = r.whole ? 0 : -1; batch < kBatchesAhead + int{r.whole}; ++batch) {
-      if (batch == (r.whole ? kBatchesAhead : -1)) {
-        for (int k = thread_index(); k < slab.channels; k += thread_count()) {
-          centers[k] = reducer.center(slab.first_channel + k);
-        }
-        sync_block();
-      } else {
-        begin_batch();
+    for (int step = 0; step < 2; ++step) {
+      if ((step == 0) != r.whole) {
+        find_centers();
+        continue;
+      }
+      auto ahead = slab.places();
+      BNEXT_NO_UNROLL
+      for (int k = 0; k < slab.count; ++k) {
+        copy(slab, centers, ahead.place(), k);
+        ahead.forward();
+        if (k % kVectors == kVectors - 1 || k == slab.count - 1) commit_copies();
       }
     }
     typename Reducer::Centers held;
@@ -107,7 +102,6 @@ struct ResidentBlock {
     }
     const Vector16 fill = held.fill();
 
-    Sums sums[Slab::kSums];
     auto at = slab.places();
     BNEXT_NO_UNROLL
     for (int k = 0; k < slab.count; k += kVectors) {
@@ -121,8 +115,7 @@ struct ResidentBlock {
         }
       }
       load_bits<false>(reducer, places, batch);
-      begin_batch();
-      wait_for_copies<kBatchesAhead>();
+      wait_for_copies((slab.count - 1 - k) / kVectors);
       BNEXT_UNROLL
       for (int i = 0; i < kInputs; ++i) {
         BNEXT_UNROLL
@@ -132,7 +125,6 @@ struct ResidentBlock {
       }
       slab.add(reducer, batch, held, sums);
     }
-    slab.add_up(sums, memory<double>(r.memory.values), to);
   }
 
   // Outputs of a vector; those of a part of one by way of what was kept of it.
@@ -148,7 +140,7 @@ struct ResidentBlock {
       } else {
         kept.at(0, k) = v;
         const bits_t<T>* const from = lanes(0, k);
-        each_lane<kCount>(place, numel, [&](int lane, int64_t e) {
+        each_lane<kCount>(place, r.numel, [&](int lane, int64_t e) {
           if (e >= 0) store(reinterpret_cast<bits_t<T>*>(output.data) + e, from[lane]);
         });
       }
@@ -201,20 +193,21 @@ struct ResidentBlock {
   // All slabs of this block's group, one after another.
   BNEXT_DEVICE void run() const {
     const Tiling& t = r.reduction.tiling;
-    const unsigned group = block_index() % r.together, chunk = block_index() / r.together;
     const unsigned chunks = static_cast<unsigned>(t.chunks);
     Center* const centers = memory<Center>(r.memory.centers);
     Sums* const totals = memory<Sums>(r.memory.totals);
     Math* const values = memory<Math>(r.memory.coefficients);
-    unsigned* const counter = r.counter_of(group);
-    unsigned arrivals = 0;
-    for (int64_t number = group; number < t.groups; number += r.together) {
-      const Slab slab(r.reduction, number, chunk, phase);
-      if (chunks == 1) {
-        reduce(slab, centers, totals);
-      } else {
-        reduce(slab, centers, r.reduction.partial + chunk * r.reduction.extent.channels + slab.first_channel);
-        arrive_and_wait(counter, arrivals += chunks);
+    unsigned number = block_index() % r.together;
+    for (; number < t.groups; number += r.together) {
+      Sums sums[Slab::kSums];
+      reduce(Slab(r.reduction, number, block_index() / r.together, r.phase), centers, sums);
+
+      const unsigned chunk = static_cast<unsigned>(anew(block_index())) / r.together;
+      const Slab slab(r.reduction, anew(number), chunk, r.phase);
+      Sums* const partial = r.reduction.partial + chunk * r.reduction.extent.channels + slab.first_channel;
+      slab.add_up(sums, memory<double>(r.memory.values), chunks == 1 ? totals : partial);
+      if (chunks > 1) {
+        arrive_and_wait(r.counter_of(number), (number / r.together + 1) * chunks);
         total(r.reduction, slab.first_channel, slab.channels, memory<double>(r.memory.values),
               [&](int k, const Sums& sums) { totals[k] = sums; });
         sync_block();
@@ -231,7 +224,7 @@ struct ResidentBlock {
       write_all(slab, values);
       sync_block();
     }
-    if (chunks > 1) leave_group(counter, arrivals + chunks);
+    if (chunks > 1) leave_group(r.counter_of(number), (number / r.together + 1) * chunks);
   }
 };
 

@@ -47,8 +47,8 @@ bool can_run(const BackwardArgs& args, const Plan& plan) {
 
 void resident_backward(const BackwardArgs& args, const Plan& plan, const Workspace& workspace) {
   const int lanes = static_cast<int>(16 / size_of(args.dtype));
-  const Resident resident = resident_of(plan, lanes, args.residual != nullptr ? 3 : 2,
-                                        {args.x, args.dy, args.residual, args.dx, args.dresidual}, workspace);
+  const Resident resident = resident_of(plan, lanes, args.residual != nullptr ? 3 : 2, args.dx,
+                                        {args.x, args.dy, args.residual, args.dresidual}, workspace);
   Params params{{args, {}, {}, nullptr, plan.streaming_stores ? Reuse::no : Reuse::yes}, resident};
   params.p.args.extent = plan.extent;
   with_kernel(args, plan,

@@ -30,23 +30,24 @@ struct ResidentParams {
   Resident resident;
 };
 
-// inputs: tensors that are kept. tensors: all of the call's, null where absent.
-inline Resident resident_of(const Plan& plan, int lanes, int inputs,
+// inputs: tensors that are kept. written: output 0 of the map. tensors: all others of the call, null where
+// absent.
+inline Resident resident_of(const Plan& plan, int lanes, int inputs, const void* written,
                             std::initializer_list<const void*> tensors, const Workspace& workspace) {
   bool same_phase = true;
-  const void* first = nullptr;
   for (const void* data : tensors) {
-    if (data == nullptr) continue;
-    if (first == nullptr) first = data;
-    same_phase &= (reinterpret_cast<uintptr_t>(data) - reinterpret_cast<uintptr_t>(first)) % 16 == 0;
+    const uintptr_t distance = reinterpret_cast<uintptr_t>(data) - reinterpret_cast<uintptr_t>(written);
+    same_phase &= data == nullptr || distance % 16 == 0;
   }
   return {{plan.extent, plan.reduce, false, static_cast<Sums*>(workspace.scratch), workspace.counters},
           static_cast<unsigned>(plan.together),
           plan.depth,
           same_phase,
-          same_phase && on_boundary(first) && whole_vectors(plan.reduce, lanes) &&
+          same_phase && on_boundary(written) && whole_vectors(plan.reduce, lanes) &&
               plan.extent.numel() % lanes == 0,
-          ResidentMemory(plan.reduce, lanes, inputs, plan.depth)};
+          ResidentMemory(plan.reduce, lanes, inputs, plan.depth),
+          plan.extent.numel(),
+          static_cast<int>(reinterpret_cast<uintptr_t>(written) % 16 / (16 / static_cast<unsigned>(lanes)))};
 }
 
 #if defined(__CUDACC__)

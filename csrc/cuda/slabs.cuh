@@ -9,6 +9,7 @@
 #pragma once
 
 #include "cuda/columns.cuh"
+#include "cuda/primitives_together.cuh"
 #include "cuda/reduce.cuh"
 
 namespace bnext::cuda {
@@ -32,7 +33,9 @@ struct RowsSlab {
   Places first;
 
   BNEXT_DEVICE RowsSlab(const Reduction& r, int64_t slab, int64_t chunk, int)
-      : columns(r.extent, r.tiling, slab), first_channel(columns.first_channel), channels(columns.channels) {
+      : columns(r.extent, r.tiling, slab, static_cast<int>(anew(thread_index()))),
+        first_channel(columns.first_channel),
+        channels(columns.channels) {
     const Tiling& t = r.tiling;
     const int64_t begin = chunk * t.chunk + columns.row, end = min_of((chunk + 1) * t.chunk, t.rows);
     count = columns.lanes > 0 && begin < end ? static_cast<int>((end - begin - 1) / t.height) + 1 : 0;
@@ -51,7 +54,9 @@ struct RowsSlab {
 
   // Where columns repeat within a warp, over its lanes first.
   BNEXT_DEVICE void add_up(Sums (&sums)[kSums], double* memory, Sums* to) const {
-    const int index = static_cast<int>(thread_index());
+    const int index = static_cast<int>(anew(thread_index()));
+    Columns<kCount> columns = this->columns;
+    columns.column = static_cast<int>(anew(columns.column));
     if (kWarp % columns.vectors != 0) {
       return columns.add_up(sums, columns.active, columns.row, rows, memory, to);
     }
