@@ -65,14 +65,36 @@ class CudaDevice:
     @property
     def block_threads(self) -> int:
         """Threads that a block may have."""
+    @property
+    def multiprocessor_memory(self) -> int:
+        """Bytes of shared memory that the blocks on one multiprocessor have together, 1024 of each besides its own."""
+    @property
+    def spare_multiprocessors(self) -> int:
+        """Left to others by kernels whose blocks wait for each other; BNEXT_CUDA_SPARE for calls."""
+    @property
+    def multiprocessor_memory(self) -> int:
+        """Bytes of shared memory that the blocks on one multiprocessor have together, 1024 of each besides its own."""
+    @property
+    def spare_multiprocessors(self) -> int:
+        """Left to others by kernels whose blocks wait for each other; BNEXT_CUDA_SPARE for calls."""
+    @property
+    def multiprocessor_memory(self) -> int:
+        """Bytes of shared memory that the blocks on one multiprocessor have together, 1024 of each besides its own."""
+    @property
+    def spare_multiprocessors(self) -> int:
+        """Left to others by kernels whose blocks wait for each other; BNEXT_CUDA_SPARE for calls."""
 
 @final
 class CudaPlan:
     """What one call would do on a GPU: which kernels, in how many blocks, over how many bytes."""
 
     @property
-    def engine(self) -> Literal["streaming"]:
-        """`streaming`: a kernel that reduces, then one that maps, walking backwards."""
+    def engine(self) -> Literal["streaming", "resident"]:
+        """`streaming`: a kernel that reduces, then one that maps, walking backwards. `resident`: one kernel, whose blocks
+        keep a slab of channels in shared memory between the two."""
+    @property
+    def why(self) -> str:
+        """This engine."""
     @property
     def traversal(self) -> Literal["planes", "rows"]:
         """`planes` (a block works in one channel) or `rows` (in columns of channels that lie side by side)."""
@@ -82,6 +104,24 @@ class CudaPlan:
     @property
     def reduce_blocks(self) -> int:
         """Blocks of the kernel that reduces; 0 where nothing is reduced."""
+    @property
+    def waiting_blocks(self) -> int:
+        """Blocks that wait for each other, all on the device at once; 0: none does."""
+    @property
+    def block_memory(self) -> int:
+        """Bytes of shared memory that a resident block asks for."""
+    @property
+    def waiting_blocks(self) -> int:
+        """Blocks that wait for each other, all on the device at once; 0: none does."""
+    @property
+    def block_memory(self) -> int:
+        """Bytes of shared memory that a resident block asks for."""
+    @property
+    def waiting_blocks(self) -> int:
+        """Blocks that wait for each other, all on the device at once; 0: none does."""
+    @property
+    def block_memory(self) -> int:
+        """Bytes of shared memory that a resident block asks for."""
     @property
     def reduce_threads(self) -> int:
         """Threads of each of them."""

@@ -198,7 +198,7 @@ struct ResidentBlock {
     Sums* const totals = memory<Sums>(r.memory.totals);
     Math* const values = memory<Math>(r.memory.coefficients);
     unsigned number = block_index() % r.together;
-    for (; number < t.groups; number += r.together) {
+    for (; number < static_cast<unsigned>(t.groups); number += r.together) {
       Sums sums[Slab::kSums];
       reduce(Slab(r.reduction, number, block_index() / r.together, r.phase), centers, sums);
 

@@ -4,7 +4,11 @@
 // Numbers are in the machine's own order. A call is a Call, then the tensors that it names, in that order; a
 // result is y, mask, stats, running_mean, running_var, num_batches_tracked, dx, dweight, dbias, dresidual,
 // each as far as it was asked for, then how many kernels forward and backward took, which is what their plans
-// say. Every buffer lies between guard zones; outputs begin as NaN, and the mask as ones.
+// say, and how many of their blocks wait for each other. Every buffer lies between guard zones; outputs begin
+// as NaN, and the mask as ones.
+#include <array>
+#include <array>
+#include <array>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -114,9 +118,11 @@ void write(std::ostream& out, Buffer* buffer) {
   out.write(reinterpret_cast<const char*>(buffer->data()), static_cast<std::streamsize>(buffer->bytes()));
 }
 
-// Counters are zero before and after; everything else in the workspace is dirty. Gives the kernels launched.
+// Counters are zero before and after; everything else in the workspace is dirty. Gives the kernels launched,
+// and the blocks that wait for each other.
 template <class Args, class Run>
-uint64_t run_planned(const Args& args, Pass pass, const cuda::Device& device, cuda::Choice engine, Run run) {
+std::array<uint64_t, 2> run_planned(const Args& args, Pass pass, const cuda::Device& device,
+                                    cuda::Choice engine, Run run) {
   const cuda::Plan plan = make_plan(Problem(args, pass), device, cuda::aligned(args), engine);
   const uint64_t before = model::statistics().launches;
   Buffer scratch(static_cast<size_t>(plan.scratch_bytes));
@@ -129,7 +135,7 @@ uint64_t run_planned(const Args& args, Pass pass, const cuda::Device& device, cu
   }
   const uint64_t launched = model::statistics().launches - before;
   if (launched != static_cast<uint64_t>(plan.launches())) throw std::runtime_error("launches nobody planned");
-  return launched;
+  return {launched, static_cast<uint64_t>(plan.waiting_blocks)};
 }
 
 void make(const Call& call, std::istream& in, std::ostream& out) {
@@ -193,9 +199,9 @@ void make(const Call& call, std::istream& in, std::ostream& out) {
   forward.batch_statistics = call.training != 0;
   forward.unbiased_running_var = call.unbiased != 0;
   forward.activation = {static_cast<Activation>(call.activation), call.activation_param};
-  uint64_t launches[2] = {};
-  launches[0] = run_planned(forward, call.training != 0 ? Pass::forward : Pass::inference, device, engine,
-                            cuda::forward);
+  std::array<uint64_t, 2> forward_took{}, backward_took{};
+  forward_took = run_planned(forward, call.training != 0 ? Pass::forward : Pass::inference, device, engine,
+                             cuda::forward);
 
   if (call.backward != 0) {
     BackwardArgs backward;
@@ -216,13 +222,14 @@ void make(const Call& call, std::istream& in, std::ostream& out) {
     backward.dweight = data(dweight);
     backward.dbias = data(dbias);
     backward.batch_statistics = call.training != 0;
-    launches[1] = run_planned(backward, call.training != 0 ? Pass::backward : Pass::frozen_backward, device,
-                              engine, cuda::backward);
+    backward_took = run_planned(backward, call.training != 0 ? Pass::backward : Pass::frozen_backward, device,
+                                engine, cuda::backward);
   }
   buffers.require_guards();
   for (Buffer* result : {y, mask, stats, running_mean, running_var, counter, dx, dweight, dbias, dresidual})
     write(out, result);
-  out.write(reinterpret_cast<const char*>(launches), sizeof launches);
+  for (const auto& took : {forward_took, backward_took})
+    out.write(reinterpret_cast<const char*>(took.data()), sizeof took);
 }
 
 }  // namespace
