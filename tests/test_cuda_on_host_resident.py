@@ -76,7 +76,10 @@ def test_alone(dtypes: Dtypes) -> None:
     """Every layout kernels know, every parameter set, on and off the boundaries of vectors; sizes of all kinds."""
     calls = [
         HostCall(
-            make(SHAPE_OF_RANK[layout.rank], layout, dtypes, TRAIN, parameters), ALONE, shifts=shifts, counter=3
+            make(SHAPE_OF_RANK[layout.rank], layout, dtypes, TRAIN, parameters),
+            ALONE,
+            shifts=shifts,
+            counter=3,
         )
         for layout in KEPT_LAYOUTS
         for parameters in PARAMETERS
@@ -114,7 +117,10 @@ def test_activation_and_residual(dtypes: Dtypes, active: Active | None) -> None:
             calls.append(HostCall(make_active(active, shape, LAYOUT[name], dtypes, TRAIN), schedule))
             calls += [
                 HostCall(
-                    joined(active, shape, name, dtypes, TRAIN), schedule, shifts=shifts, residual_shifts=others
+                    joined(active, shape, name, dtypes, TRAIN),
+                    schedule,
+                    shifts=shifts,
+                    residual_shifts=others,
                 )
                 for shifts, others in (SHIFTS[0], SHIFTS[1], SHIFTS[5])
             ]
