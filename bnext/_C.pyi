@@ -71,18 +71,6 @@ class CudaDevice:
     @property
     def spare_multiprocessors(self) -> int:
         """Left to others by kernels whose blocks wait for each other; BNEXT_CUDA_SPARE for calls."""
-    @property
-    def multiprocessor_memory(self) -> int:
-        """Bytes of shared memory that the blocks on one multiprocessor have together, 1024 of each besides its own."""
-    @property
-    def spare_multiprocessors(self) -> int:
-        """Left to others by kernels whose blocks wait for each other; BNEXT_CUDA_SPARE for calls."""
-    @property
-    def multiprocessor_memory(self) -> int:
-        """Bytes of shared memory that the blocks on one multiprocessor have together, 1024 of each besides its own."""
-    @property
-    def spare_multiprocessors(self) -> int:
-        """Left to others by kernels whose blocks wait for each other; BNEXT_CUDA_SPARE for calls."""
 
 @final
 class CudaPlan:
@@ -90,8 +78,8 @@ class CudaPlan:
 
     @property
     def engine(self) -> Literal["streaming", "resident"]:
-        """`streaming`: a kernel that reduces, then one that maps, walking backwards. `resident`: one kernel, whose blocks
-        keep a slab of channels in shared memory between the two."""
+        """`streaming`: a kernel that reduces, then one that maps, walking backwards. `resident`: one kernel, whose
+        blocks keep a slab of channels in shared memory between the two."""
     @property
     def why(self) -> str:
         """This engine."""
@@ -104,18 +92,6 @@ class CudaPlan:
     @property
     def reduce_blocks(self) -> int:
         """Blocks of the kernel that reduces; 0 where nothing is reduced."""
-    @property
-    def waiting_blocks(self) -> int:
-        """Blocks that wait for each other, all on the device at once; 0: none does."""
-    @property
-    def block_memory(self) -> int:
-        """Bytes of shared memory that a resident block asks for."""
-    @property
-    def waiting_blocks(self) -> int:
-        """Blocks that wait for each other, all on the device at once; 0: none does."""
-    @property
-    def block_memory(self) -> int:
-        """Bytes of shared memory that a resident block asks for."""
     @property
     def waiting_blocks(self) -> int:
         """Blocks that wait for each other, all on the device at once; 0: none does."""

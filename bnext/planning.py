@@ -82,10 +82,6 @@ def plan(
         activation: one of functional.ACTIVATIONS, or None. Without a residual it moves no bytes.
         engine: on a GPU 'streaming' or 'resident' rather than what the plan would choose, as the environment variable
             BNEXT_CUDA_ENGINE does for calls. Other passes than those of training have one engine.
-        engine: on a GPU 'streaming' or 'resident' rather than what the plan would choose, as the environment variable
-            BNEXT_CUDA_ENGINE does for calls. Other passes than those of training have one engine.
-        engine: on a GPU 'streaming' or 'resident' rather than what the plan would choose, as the environment variable
-            BNEXT_CUDA_ENGINE does for calls. Other passes than those of training have one engine.
 
     Returns:
         A read-only object with the fields that `_C.pyi` lists.

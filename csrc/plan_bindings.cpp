@@ -161,10 +161,6 @@ void bind_plans(py::module_& m) {
       .def_readonly("block_threads", &cuda::Device::block_threads)
       .def_readonly("multiprocessor_memory", &cuda::Device::multiprocessor_memory)
       .def_readonly("spare_multiprocessors", &cuda::Device::spare_multiprocessors)
-      .def_readonly("multiprocessor_memory", &cuda::Device::multiprocessor_memory)
-      .def_readonly("spare_multiprocessors", &cuda::Device::spare_multiprocessors)
-      .def_readonly("multiprocessor_memory", &cuda::Device::multiprocessor_memory)
-      .def_readonly("spare_multiprocessors", &cuda::Device::spare_multiprocessors)
       .def("__repr__", device_text);
   py::class_<cuda::Plan>(m, "CudaPlan")
       .def_property_readonly("engine", [](const cuda::Plan& p) { return name(p.engine); })

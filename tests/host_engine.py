@@ -170,8 +170,6 @@ class Result:
     dresidual: Tensor | None
     launches: list[int]  # kernels of forward, of backward
     waiting: list[int]  # blocks of each that wait for each other
-    waiting: list[int]  # blocks of each that wait for each other
-    waiting: list[int]  # blocks of each that wait for each other
 
     def bits(self) -> bytes:
         tensors = [

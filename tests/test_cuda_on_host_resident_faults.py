@@ -1,4 +1,4 @@
-"""The resident CUDA kernels over the execution model under sanitizers: silent as they are; planted faults are reported."""
+"""The resident CUDA kernels over the execution model under sanitizers: silent; planted faults are reported."""
 
 from __future__ import annotations
 

@@ -57,8 +57,6 @@ TENSOR_LEVEL = {
     "plan_bindings.cpp",
 }
 PRIMITIVES = {"primitives.cuh", "primitives_together.cuh"}
-PRIMITIVES = {"primitives.cuh", "primitives_together.cuh"}
-PRIMITIVES = {"primitives.cuh", "primitives_together.cuh"}
 TORCH = re.compile(r"^(ATen|c10|torch|pybind11)/")
 
 

@@ -95,7 +95,7 @@ struct MomentsReducer {
 
   BNEXT_DEVICE void fold(int64_t c, Math center, const Sums& sums) const {
     const ForwardArgs& a = p.args;
-    const auto count = static_cast<double>(a.extent.count());
+    const auto count = static_cast<double>(anew(a.extent.count()));
     const Moments m = moments_from_sums(static_cast<double>(center), sums, 1 / count);
     store(a.mean + c, m.mean);
     store(a.invstd + c, inverse_std(m.var, a.eps));
@@ -146,8 +146,8 @@ struct NormalizeMap {
   // Of the reducer's sums, as its fold has them.
   BNEXT_DEVICE void coefficients(int64_t c, Math center, const Sums& sums,
                                  Math (&values)[kCoefficients]) const {
-    const Moments m =
-        moments_from_sums(static_cast<double>(center), sums, 1 / static_cast<double>(p.args.extent.count()));
+    const Moments m = moments_from_sums(static_cast<double>(center), sums,
+                                        1 / static_cast<double>(anew(p.args.extent.count())));
     coefficients(c, m.mean, inverse_std(m.var, p.args.eps), values);
   }
 

@@ -79,15 +79,7 @@ BNEXT_DEVICE void wait_for_copies([[maybe_unused]] int pending) {
 #endif
 }
 
-// The value. What follows from it is computed again rather than kept in registers from the last time.
-BNEXT_DEVICE int64_t anew(int64_t value) {
-  asm volatile("" : "+l"(value));
-  return value;
-}
-
 #else
-
-inline int64_t anew(int64_t value) { return value; }
 
 using model::arrive_and_wait;
 using model::begin_copy;

@@ -9,7 +9,6 @@
 #pragma once
 
 #include "cuda/columns.cuh"
-#include "cuda/primitives_together.cuh"
 #include "cuda/reduce.cuh"
 
 namespace bnext::cuda {

@@ -7,8 +7,6 @@
 // say, and how many of their blocks wait for each other. Every buffer lies between guard zones; outputs begin
 // as NaN, and the mask as ones.
 #include <array>
-#include <array>
-#include <array>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
