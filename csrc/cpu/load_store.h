@@ -117,8 +117,9 @@ BNEXT_INLINE void store(bf16* p, const Lanes<float>& v) {
     const auto even = round_bf16<Native<uint32_t>>(v.part[0]), odd = round_bf16<Native<uint32_t>>(v.part[1]);
     return VectorStore<Streaming>{}(p, (even >> 16) | (odd & 0xffff0000u));
   }
-  const auto bits = generate<uint32_t>(
-      [&](auto i) __attribute__((always_inline)) { return narrow_bf16<Native<uint32_t>>(v.part[i.value]); });
+  const auto bits = generate<uint32_t>([&](auto i) __attribute__((always_inline)) {
+    return round_bf16<Native<uint32_t>>(v.part[i.value]) >> 16;
+  });
   store_u16(p, bits, VectorStore<Streaming>{});
 }
 template <bool Streaming = false>
