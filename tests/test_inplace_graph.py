@@ -156,6 +156,9 @@ def test_in_inference_mode() -> None:
     with torch.inference_mode():
         x = values()
         assert torch.equal(batch_norm(x, None, None, training=True, inplace=True), expected)
+    with pytest.raises(RuntimeError, match="Inplace update to inference tensor outside InferenceMode"):
+        batch_norm(x, None, None, training=True, inplace=True)
+    assert torch.equal(x, expected)
 
 
 def test_parameters_may_change_before_backward() -> None:
