@@ -26,15 +26,23 @@ struct Problem {
   Extent extent;
   Dtype dtype = Dtype::float32;
   Pass pass = Pass::forward;
-  bool residual = false;  // is read: forward to add it, backward to compute the activation's input again
-  bool mask = false;      // is written by forward, read by backward
+  bool residual = false;   // is read: forward to add it, backward to compute the activation's input again
+  bool mask = false;       // is written by forward, read by backward
+  bool sums = true;        // backward: dweight or dbias is wanted
+  bool input_grad = true;  // backward: dx is wanted
+  bool from_input = true;  // backward: finds dz with x, not with dy and a mask alone
 
   constexpr Problem(const Extent& of, Dtype type, Pass kind, bool with_residual = false,
                     bool with_mask = false)
       : extent(of), dtype(type), pass(kind), residual(with_residual), mask(with_mask) {}
-  template <class Args>
-  Problem(const Args& args, Pass kind)
+  Problem(const ForwardArgs& args, Pass kind)
       : Problem(args.extent, args.dtype, kind, args.residual != nullptr, args.mask != nullptr) {}
+  Problem(const BackwardArgs& args, Pass kind)
+      : Problem(args.extent, args.dtype, kind, args.residual != nullptr, args.mask != nullptr) {
+    sums = args.dweight != nullptr || args.dbias != nullptr;
+    input_grad = args.dx != nullptr;
+    from_input = args.activation && args.mask == nullptr;
+  }
 };
 
 struct Machine {
