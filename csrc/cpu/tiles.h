@@ -31,6 +31,7 @@ struct Operands {
   void* out = nullptr;  // of normalize it may be x
   void* mask = nullptr;
   void* dresidual = nullptr;
+  bool streaming_stores = false;
   const double* center = nullptr;  // per channel: what reducers subtract from x
   const void* coefficients[kMaxCoefficients] =
       {};  // per channel, in opmath: what maps apply, in formulas.h's order; see InputGradMap for backward
@@ -54,7 +55,6 @@ struct Kernel {
   Phase phase;
   Dtype dtype;
   Traversal traversal;
-  bool streaming_stores = false;
   ActivationClass activation = ActivationClass::none;  // of normalize
   bool residual = false;                               // of normalize
   SlopeClass slope = SlopeClass::none;                 // of backward
