@@ -121,24 +121,19 @@ struct CalledSlope {
   }
 };
 
-// blocked_grad without its branch, which would spill what was loaded ahead.
-template <class T>
+template <class T, bool Leaky>
 struct MaskSlope {
   using A = opmath_t<T>;
   static constexpr bool kActive = true, kFromInput = false, kResidual = true;
   const void* mask;
   A param;
-  Integer<A> keep;  // all ones: blocked elements are dy * param, else 0
 
   explicit MaskSlope(const Operands& operands)
-      : mask(operands.mask_read),
-        param(static_cast<A>(operands.activation.param)),
-        keep(operands.activation.kind == Activation::leaky_relu ? -1 : 0) {}
+      : mask(operands.mask_read), param(static_cast<A>(operands.activation.param)) {}
   template <class Span>
   BNEXT_INLINE void apply(Span span, int64_t offset, Lanes<A>& dy, const Lanes<A>&) const {
-    using V = Native<Integer<A>>;
     const Lanes<A> blocked = generate<A>([&](auto i) __attribute__((always_inline)) {
-      return (Native<A>)((V)blocked_grad(Activation::leaky_relu, param, dy.part[i.value]) & (keep - V{}));
+      return blocked_grad(Leaky ? Activation::leaky_relu : Activation::relu, param, dy.part[i.value]);
     });
     dy = select<T>(read_bits(mask, span.begin(offset)), dy, blocked);
   }

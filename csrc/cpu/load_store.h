@@ -75,19 +75,23 @@ BNEXT_INLINE Lanes<A> load(const T* p) {
       [&](auto i) __attribute__((always_inline)) { return load_part<A>(p + i.value * Lanes<A>::kWidth); });
 }
 
+template <class Half, int... I>
+BNEXT_INLINE auto join(const Half& low, const Half& high, Indices<I...>) {
+  return __builtin_shufflevector(low, high, I...);
+}
+
+// Of another arithmetic type, as wide or half as wide.
 template <class To, class From>
 BNEXT_INLINE Lanes<To> to_lanes(const Lanes<From>& v) {
   if constexpr (sizeof(To) == sizeof(From)) {
     return v;
   } else {
-    alignas(64) To buffer[kLanes];
-    for_each_index(
-        [&](auto i) __attribute__((always_inline)) {
-          store_native(buffer + i.value * Lanes<From>::kWidth,
-                       __builtin_convertvector(v.part[i.value], Native<To, kBytes / 2>));
-        },
-        typename CountTo<Lanes<From>::kParts>::type{});
-    return load<To>(buffer);
+    return generate<To>([&](auto i) __attribute__((always_inline)) {
+      using Half = Native<To, kBytes / 2>;
+      const Half low = __builtin_convertvector(v.part[2 * i.value], Half);
+      const Half high = __builtin_convertvector(v.part[2 * i.value + 1], Half);
+      return join(low, high, typename CountTo<Lanes<To>::kWidth>::type{});
+    });
   }
 }
 
