@@ -93,23 +93,25 @@ def _ratio_panel(axes: Axes, rows: Sequence[Row], subject: str) -> None:
 
 
 def draw(rows: Sequence[Row], stem: str, folder: Path, subject: str) -> None:
-    """One picture per list, dtype and layout, a panel per operation; files are named after the run."""
-    groups: dict[tuple[str, str, str], list[Row]] = {}
+    """One picture per variant, list, dtype and layout, a panel per operation; files are named after the run."""
+    groups: dict[tuple[str, str, str, str], list[Row]] = {}
     for row in rows:
-        groups.setdefault((row.case.shapes, row.case.dtype, row.case.layout), []).append(row)
-    for (shapes, dtype, layout), group in groups.items():
+        case = row.case
+        groups.setdefault((case.variant, case.shapes, case.dtype, case.layout), []).append(row)
+    for (variant, shapes, dtype, layout), group in groups.items():
         panels = _by_operation(group)
         tall = 4.0 if shapes.startswith("growth") else 2.5 + 0.25 * max(map(len, panels.values()))
         figure, axes = plt.subplots(1, len(panels), figsize=(5.5 * len(panels), tall), squeeze=False)
         for panel, (operation, chosen) in zip(axes[0], panels.items(), strict=True):
-            panel.set_title(f"{operation}, {dtype}, {layout}")
+            panel.set_title(f"{variant} {operation}, {dtype}, {layout}")
             if shapes.startswith("growth"):
                 _cost_panel(panel, chosen)
             else:
                 _ratio_panel(panel, chosen, subject)
         figure.tight_layout()
         kind = "cost" if shapes.startswith("growth") else "ratios"
-        _save(f"{stem}_{kind}_{shapes}_{dtype}_{layout}", folder)
+        name = shapes if variant == "bn" else f"{variant}_{shapes}"
+        _save(f"{stem}_{kind}_{name}_{dtype}_{layout}", folder)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -33,10 +33,11 @@ class Row:
 
     case: Case
     by_name: dict[str, Measurement]
+    scheduled: int | None = None  # bytes that bnext's call moves as its plan says; None: not kept
 
     def seconds(self, name: str) -> float:
         """Median time of the operation; for a copy, of the bytes that the operation must move."""
-        scale = self.case.bytes_moved / (2 * self.case.tensor_bytes) if name in COPIES else 1.0
+        scale = self.case.bytes_minimum / (2 * self.case.tensor_bytes) if name in COPIES else 1.0
         return self.by_name[name].median * scale
 
     def ratio(self, subject: str, peer: str) -> float | None:
@@ -46,7 +47,7 @@ class Row:
 
     def rate(self, name: str) -> float:
         """GB/s (1e9 bytes) of the bytes that the operation must move."""
-        return self.case.bytes_moved / self.seconds(name) / 1e9
+        return self.case.bytes_minimum / self.seconds(name) / 1e9
 
 
 @dataclass(frozen=True)
@@ -103,11 +104,16 @@ def _milliseconds(seconds: float) -> str:
     return f"{seconds * 1e3:.4f}" if seconds < 1e-3 else f"{seconds * 1e3:.2f}"
 
 
+def _megabytes(count: int) -> str:
+    return f"{count / 1e6:.4g}"
+
+
 def _detail(key: tuple[str, ...], rows: Sequence[Row], subject: str) -> Table:
     peers = [name for name in _names(rows) if name != subject and name not in COPIES]
     copies = [name for name in _names(rows) if name in COPIES]
-    table = Table(title=" ".join(key), title_justify="left")
-    for heading in ("shape", "calls", "MB", f"{subject} ms", "GB/s", "faults"):
+    title = f"{' '.join(key)}: at least {rows[0].case.minimum}, GB/s of that; moved: by bnext as scheduled"
+    table = Table(title=title, title_justify="left")
+    for heading in ("shape", "calls", "T MB", "least MB", "moved MB", f"{subject} ms", "GB/s", "faults"):
         table.add_column(heading, justify="right", no_wrap=True)
     for name in copies:
         table.add_column(f"of {name} rate", justify="right")
@@ -118,7 +124,9 @@ def _detail(key: tuple[str, ...], rows: Sequence[Row], subject: str) -> Table:
         if subject not in row.by_name:
             continue
         own = row.by_name[subject]
-        cells = [row.case.label, str(row.case.multiplicity), f"{row.case.tensor_bytes / 1e6:.3g}"]
+        cells = [row.case.label, str(row.case.multiplicity)]
+        cells += [_megabytes(row.case.tensor_bytes), _megabytes(row.case.bytes_minimum)]
+        cells.append("" if row.scheduled is None else _megabytes(row.scheduled))
         cells += [
             _milliseconds(own.median),
             f"{row.rate(subject):.1f}",
@@ -171,7 +179,11 @@ def show(rows: Sequence[Row], console: Console | None = None, subject: str | Non
 def write(path: Path, rows: Sequence[Row], machine: dict[str, Any], settings: dict[str, Any]) -> None:
     """Keep everything: where and how it was measured, and every round of every measurement, in seconds."""
     results = [
-        {**asdict(row.case), "measurements": [asdict(measurement) for measurement in row.by_name.values()]}
+        {
+            **asdict(row.case),
+            "scheduled": row.scheduled,
+            "measurements": [asdict(measurement) for measurement in row.by_name.values()],
+        }
         for row in rows
     ]
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -186,8 +198,9 @@ def read(path: Path) -> tuple[list[Row], dict[str, Any]]:
     rows = []
     for result in kept["results"]:
         measurements = [Measurement(**measurement) for measurement in result.pop("measurements")]
+        scheduled = result.pop("scheduled", None)  # runs from before it was kept
         case = Case(**{**result, "shape": tuple(result["shape"])})
-        rows.append(Row(case, {measurement.name: measurement for measurement in measurements}))
+        rows.append(Row(case, {measurement.name: measurement for measurement in measurements}, scheduled))
     return rows, kept["machine"]
 
 

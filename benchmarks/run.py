@@ -2,6 +2,7 @@
 
     python -m benchmarks.run          ResNet-50's shapes, float32, both layouts, all operations
     python -m benchmarks.run --operation step --shapes nc 64x33x7x7 --dtype bfloat16 --budget 5
+    python -m benchmarks.run --variant bn_add_relu --operation step --dtype bfloat16 --layout channels_last
     python -m benchmarks.run --memory existing --operation forward --implementation bnext clone copy_
     python -m benchmarks.run --json benchmarks/results/resnet50.json
 
@@ -25,8 +26,8 @@ if not __package__:  # started as a file
 
 from benchmarks import machine, measure, peers, report, shapes
 
-# Tensors alive at once in a case: x, dy, y, dx of five layouts, and holes between them.
-POOL_TENSORS = 24
+# Tensors alive at once in a case: x, dy, residual, y, dx, dresidual of five layouts, and holes between them.
+POOL_TENSORS = 36
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -84,12 +85,12 @@ def _prepare(
     case: shapes.Case, names: Sequence[str], notes: dict[str, None]
 ) -> tuple[list[peers.Subject], list[str]]:
     """The implementations whose results are right, and what was wrong with the others."""
-    x, dy = peers.data(case)
-    expected = measure.reference(case, x, dy)
+    data = measure.settled(case, peers.data(case))
+    expected = measure.reference(case, data)
     subjects, wrong = [], []
     for name in names:
         try:
-            subject = peers.build(name, case, x, dy)
+            subject = peers.build(name, case, data)
         except peers.Unsupported as reason:
             notes[f"{name}: {reason}"] = None
             continue
@@ -133,7 +134,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         subjects, complaints = _prepare(case, options.implementation, notes)
         wrong += complaints
         measurements = measure.measure(case, subjects, options.rounds, options.budget)
-        rows.append(report.Row(case, {measurement.name: measurement for measurement in measurements}))
+        by_name = {measurement.name: measurement for measurement in measurements}
+        rows.append(report.Row(case, by_name, peers.scheduled_bytes(case)))
 
     report.show(rows, console, options.subject)
     for note in notes:

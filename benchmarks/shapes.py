@@ -1,4 +1,4 @@
-"""What is timed, as data: named lists of shapes, the operations with the bytes they must move, and the case.
+"""What is timed, as data: named lists of shapes, operations, variants of the layer with the bytes they must move.
 
 A shape is (N, C, spatial...). Its multiplicity, how often a network runs it in one step, weights the means.
 """
@@ -82,13 +82,54 @@ LISTS: dict[str, tuple[tuple[Shape, int], ...]] = {
     "growth_nc": tuple(((64 * 4**k, 256), 1) for k in range(6)),
 }
 
-# Tensors of x's size that each operation must read or write at least: forward x, y; backward x, dy, dx.
-TENSORS_MOVED = {"forward": 2, "backward": 3, "step": 5, "eval": 2}
-OPERATIONS = tuple(TENSORS_MOVED)
+OPERATIONS = ("forward", "backward", "step", "eval")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 LAYOUTS = ("contiguous", "channels_last")
-# The layer timed, and the activation that follows the batch norm or is fused into it: the bytes are the same.
-VARIANTS: dict[str, str | None] = {"bn": None, "bn_relu": "relu"}
+# Activations whose gradient one bit tells: with a residual, forward leaves a mask instead of backward reading it again.
+MASKED = ("relu", "leaky_relu", "relu6")
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Tensors of x's size, and bit masks of its elements, that are read or written."""
+
+    tensors: int
+    masks: int = 0
+
+    def __add__(self, other: Traffic) -> Traffic:
+        return Traffic(self.tensors + other.tensors, self.masks + other.masks)
+
+    def __str__(self) -> str:
+        masks = "" if not self.masks else "+b" if self.masks == 1 else f"+{self.masks}b"
+        return f"{self.tensors}T{masks}"
+
+
+@dataclass(frozen=True)
+class Variant:
+    """The layer timed, activation(batch_norm(x) + residual): separate calls, or one where it is fused."""
+
+    activation: str | None = None
+    residual: bool = False
+
+    def minimum(self, operation: str) -> Traffic:
+        """What no schedule of one fused call avoids, forward: x, y; backward: x, dy, dx. The activation is free.
+
+        With a residual, forward reads it. If an activation follows, backward writes the residual's gradient, and reads
+        the mask, or the residual where there is none. A training step is both passes; only inference leaves no mask.
+        """
+        activated = self.residual and self.activation is not None
+        masked = activated and self.activation in MASKED
+        forward = Traffic(2 + self.residual, int(masked))
+        backward = Traffic(3 + activated + (activated and not masked), int(masked))
+        every = (forward, backward, forward + backward, Traffic(forward.tensors))
+        return dict(zip(OPERATIONS, every, strict=True))[operation]
+
+
+VARIANTS = {
+    "bn": Variant(),
+    "bn_relu": Variant("relu"),
+    "bn_add_relu": Variant("relu", residual=True),
+}
 
 
 @dataclass(frozen=True)
@@ -111,7 +152,11 @@ class Case:
 
     @property
     def activation(self) -> str | None:
-        return VARIANTS[self.variant]
+        return VARIANTS[self.variant].activation
+
+    @property
+    def residual(self) -> bool:
+        return VARIANTS[self.variant].residual
 
     @property
     def parameter_dtype(self) -> torch.dtype:
@@ -129,8 +174,17 @@ class Case:
         return math.prod(self.shape) * self.torch_dtype.itemsize
 
     @property
-    def bytes_moved(self) -> int:
-        return TENSORS_MOVED[self.operation] * self.tensor_bytes
+    def mask_bytes(self) -> int:
+        """A bit per element, in whole words of 32 and one more, as bnext keeps it."""
+        return math.prod(self.shape) // 32 * 4 + 8
+
+    @property
+    def minimum(self) -> Traffic:
+        return VARIANTS[self.variant].minimum(self.operation)
+
+    @property
+    def bytes_minimum(self) -> int:
+        return self.minimum.tensors * self.tensor_bytes + self.minimum.masks * self.mask_bytes
 
     @property
     def label(self) -> str:

@@ -121,8 +121,17 @@ def plan(
     training: bool,
     backward: bool,
     threads: int | None,
+    residual: bool,
+    activation: str | None,
 ) -> Plan: ...
 def cuda_plan(
-    shape: list[int], dtype: str, layout: str, training: bool, backward: bool, device: CudaDevice
+    shape: list[int],
+    dtype: str,
+    layout: str,
+    training: bool,
+    backward: bool,
+    device: CudaDevice,
+    residual: bool,
+    activation: str | None,
 ) -> CudaPlan: ...
 def cuda_device(index: int) -> CudaDevice: ...

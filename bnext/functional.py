@@ -13,11 +13,12 @@ ACTIVATIONS = ("relu", "leaky_relu", "relu6", "silu", "gelu", "elu", "hardswish"
 WITH_PARAMETER = ("leaky_relu", "elu")
 
 
-def check_activation(activation: str | None, activation_param: float | None) -> None:
-    """What the operator checks too, for who wants to know before there is an input.
+def check_activation(activation: str | None, activation_param: float | None, inplace: bool = False) -> None:
+    """What the operators check too, for who wants to know before there is an input.
 
     Raises:
-        ValueError: not one of ACTIVATIONS or None; a parameter for one that has none.
+        ValueError: not one of ACTIVATIONS or None; a parameter for one that has none; with inplace, one that cannot be
+            inverted.
     """
     if activation is not None and activation not in ACTIVATIONS:
         raise ValueError(f"expected activation one of {', '.join(ACTIVATIONS)} or None, but got {activation}")
@@ -26,6 +27,20 @@ def check_activation(activation: str | None, activation_param: float | None) -> 
             f"expected activation_param with {' or '.join(WITH_PARAMETER)} only, "
             f"but got {float(activation_param)} with {activation}"
         )
+    if inplace and activation is not None:
+        _check_invertible(activation, activation_param)
+
+
+def _check_invertible(activation: str, activation_param: float | None) -> None:
+    if activation in WITH_PARAMETER and (activation_param is None or activation_param > 0):
+        return
+    got = activation if activation_param is None else f"{activation} with {float(activation_param)}"
+    if activation == "relu":
+        got += " (what relu sets to 0 is lost; leaky_relu with a small slope is the usual choice)"
+    raise ValueError(
+        "inplace=True keeps the output alone, so backward has to recover the input from it: expected "
+        f"activation None, leaky_relu or elu, with a positive parameter, but got {got}"
+    )
 
 
 def batch_norm(
@@ -42,15 +57,19 @@ def batch_norm(
     num_batches_tracked: Tensor | None = None,
     activation: str | None = None,
     activation_param: float | None = None,
+    residual: Tensor | None = None,
+    inplace: bool = False,
     _ndims: Sequence[int] = (),
 ) -> Tensor:
-    r"""Batch normalization over every dimension but 1, as :func:`torch.nn.functional.batch_norm`, and an activation.
+    r"""Batch normalization over every dimension but 1, as :func:`torch.nn.functional.batch_norm`, and what follows it.
 
     .. math::
-        z = (x - \mathrm{mean}) / \sqrt{\mathrm{var} + \mathrm{eps}} \cdot \mathrm{weight} + \mathrm{bias},
-        \qquad y = \mathrm{activation}(z)
+        z = (x - \mathrm{mean}) / \sqrt{\mathrm{var} + \mathrm{eps}} \cdot \mathrm{weight} + \mathrm{bias}
+        + \mathrm{residual}, \qquad y = \mathrm{activation}(z)
 
-    z is neither rounded to the input's dtype nor kept: backward computes it again from the input.
+    z is neither rounded to the input's dtype nor kept: backward computes it again from the input. Beside the input and
+    a few numbers per channel it needs, with a residual, one bit per element for relu, leaky_relu and relu6, the
+    residual for the other activations, and nothing without an activation.
 
     Statistics and their fold are float64 for float32 and float64 input; 16-bit input is summed in float32 over a few
     dozen elements, then in float64, and with an activation so are the gradients' sums of float32 (Ioffe & Szegedy,
@@ -72,18 +91,31 @@ def batch_norm(
         num_batches_tracked: int64 scalar or None, incremented in training by the same operator.
         activation: one of :data:`ACTIVATIONS`, by its name in torch.nn.functional, or None. gelu is the erf form.
         activation_param: negative slope of leaky_relu (None: 0.01), alpha of elu (None: 1.0).
+        residual: (N, C, ...) or None, added before the activation; of the input's size, dtype and device, with any
+            strides. It may be the input itself. Without an activation its gradient is that of the output, the same
+            tensor.
+        inplace: write the output over the input, as torch's in-place operations do, and keep that alone for backward,
+            which recovers the normalised input from it: ``(z - bias) / weight`` with the z that y is the activation
+            of. It is then off by the rounding of y to its dtype times ``|z / weight|``, and by more where the
+            activation is flat. Without an activation, or with leaky_relu or elu of a positive parameter.
 
     Returns:
-        (N, C, ...) of the input's dtype.
+        (N, C, ...) of the input's dtype; with inplace the input itself.
 
     Raises:
         ValueError: fewer than two dimensions, no channel, one value per channel in training, bad eps, an unknown
-            activation, a parameter for one that has none.
-        RuntimeError: a vector of another length, dtype or device; no running statistics in inference.
-        NotImplementedError: an input that is not floating point.
+            activation, a parameter for one that has none; inplace with a residual or with an activation that cannot be
+            inverted.
+        RuntimeError: a vector of another length, dtype or device; a residual of another size, dtype or device; no
+            running statistics in inference; inplace on a leaf that requires grad or on memory that overlaps itself, and
+            on the CPU with a weight of exactly 0 when a gradient will be asked for.
+        NotImplementedError: an input that is not floating point; a second derivative with inplace.
     """
+    if inplace and residual is not None:
+        raise ValueError(
+            "expected inplace=True without a residual: backward could not tell it from the normalised input"
+        )
     arguments = (
-        input,
         weight,
         bias,
         running_mean,
@@ -96,9 +128,13 @@ def batch_norm(
         _ndims,
         activation,
         activation_param,
+        False,  # for_backward: autograd sets it
     )
+    if inplace:
+        torch.ops.bnext.batch_norm_.default(input, *arguments)
+        return input
     # The same operator: 4 microseconds for a small batch, 10 by torch.ops, to which it leaves what only that can read.
-    output = None if torch.compiler.is_compiling() else _C.batch_norm(*arguments)
+    output = None if torch.compiler.is_compiling() else _C.batch_norm(input, residual, *arguments)
     if output is None:
-        output = torch.ops.bnext.batch_norm.default(*arguments)[0]
+        output = torch.ops.bnext.batch_norm.default(input, residual, *arguments)[0]
     return output

@@ -37,19 +37,26 @@ class _FusedBatchNorm(nn.modules.batchnorm._BatchNorm):
         unbiased_running_var: bool = True,
         activation: str | None = None,
         activation_param: float | None = None,
+        inplace: bool = False,
     ) -> None:
-        check_activation(activation, activation_param)
+        check_activation(activation, activation_param, inplace)
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype)
         if not bias:
             self.register_parameter("bias", None)
         self.unbiased_running_var = unbiased_running_var
         self.activation = activation
         self.activation_param = activation_param
+        self.inplace = inplace
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        # A pickle of torch's class, or of ours from before there were activations.
-        state = {"unbiased_running_var": True, "activation": None, "activation_param": None} | state
-        super().__setstate__(state)
+        # A pickle of torch's class, or of ours from before there was one of these.
+        defaults = {
+            "unbiased_running_var": True,
+            "activation": None,
+            "activation_param": None,
+            "inplace": False,
+        }
+        super().__setstate__(defaults | state)
 
     def extra_repr(self) -> str:
         """Torch's line, and what is ours where it is set."""
@@ -60,10 +67,16 @@ class _FusedBatchNorm(nn.modules.batchnorm._BatchNorm):
             line += f", activation={self.activation}"
         if self.activation_param is not None:
             line += f", activation_param={self.activation_param}"
+        if self.inplace:
+            line += ", inplace=True"
         return line
 
-    def forward(self, input: Tensor) -> Tensor:
-        """Normalises input (N, C, ...); see :func:`bnext.functional.batch_norm`."""
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        """Normalises input (N, C, ...), and adds residual of the same size, dtype and device before the activation.
+
+        Returns (N, C, ...) of the input's dtype, with ``inplace`` the input itself. See
+        :func:`bnext.functional.batch_norm`, also for the errors.
+        """
         training = self.training
         tracking = training and self.track_running_stats
         weight, bias, running_mean, running_var, counter = self._tensors()
@@ -80,6 +93,8 @@ class _FusedBatchNorm(nn.modules.batchnorm._BatchNorm):
             num_batches_tracked=counter if tracking else None,
             activation=self.activation,
             activation_param=self.activation_param,
+            residual=residual,
+            inplace=self.inplace,
             _ndims=self._ndims,
         )
 
@@ -104,8 +119,10 @@ class BatchNorm1d(_FusedBatchNorm, nn.BatchNorm1d):
 
     :class:`torch.nn.BatchNorm1d` with the same arguments, state and errors, and the keywords ``unbiased_running_var``
     (False: the running variance takes the biased batch variance, as Flax and Keras do), ``activation`` and
-    ``activation_param`` (the layer gives ``activation(batch_norm(x))``; see :func:`bnext.functional.batch_norm`).
-    The constructor raises ValueError for an activation that is not known.
+    ``activation_param`` (the layer gives ``activation(batch_norm(x))``), and ``inplace`` (True: over x, which backward
+    recovers from the output). Called as ``layer(x, residual)`` it gives ``activation(batch_norm(x) + residual)``. See
+    :func:`bnext.functional.batch_norm`. The constructor raises ValueError for an activation that is not known, and with
+    ``inplace`` for one that has no inverse; so does a call with ``inplace`` and a residual.
     """
 
     _ndims = (2, 3)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from . import _C
 from ._C import CudaDevice
+from .functional import check_activation
 
 # The ranks for which torch has a channels-last order, and so the operators too.
 _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
@@ -59,6 +60,9 @@ def plan(
     backward: bool = False,
     threads: int | None = None,
     device: torch.device | str | CudaDevice | None = None,
+    *,
+    residual: bool = False,
+    activation: str | None = None,
 ) -> _C.Plan | _C.CudaPlan:
     """Says how bnext would work on an input: traversal, schedule or engine, threads or blocks, bytes moved.
 
@@ -67,18 +71,21 @@ def plan(
         dtype: storage type; unless given the tensor's own, float32 for a shape.
         layout: 'contiguous', 'channels_last' or a torch.memory_format; unless given the tensor's own,
             contiguous for a shape.
-        training: with the batch's statistics; False: with the running ones.
+        training: with the batch's statistics; False: with the running ones. Forward, True also means that backward
+            follows, for which relu, leaky_relu and relu6 after a residual leave a bit mask.
         backward: the plan of the backward pass; False: of the forward pass.
         threads: how many may work on the CPU; unless given torch.get_num_threads().
         device: where; unless given the tensor's own, the CPU for a shape. A `CudaDevice` describes a GPU that need
             not be there.
+        residual: with a tensor of the input's size that is added before the activation; backward: with its gradient.
+        activation: one of functional.ACTIVATIONS, or None. Without a residual it moves no bytes.
 
     Returns:
         A read-only object with the fields that `_C.pyi` lists.
 
     Raises:
         TypeError: neither a tensor nor a sequence of integers.
-        ValueError: a shape, dtype, layout, number of threads or device that no call could have.
+        ValueError: a shape, dtype, layout, number of threads, device or activation that no call could have.
         RuntimeError: a GPU of this machine in a build without CUDA.
     """
     if isinstance(x_or_shape, Tensor):
@@ -93,9 +100,10 @@ def plan(
             raise TypeError(f"expected a tensor or a sequence of integers, but got {x_or_shape!r}") from None
     dtype_name = str(torch.float32 if dtype is None else dtype).removeprefix("torch.")
     layout_name = _layout_named("contiguous" if layout is None else layout, len(shape))
+    check_activation(activation, None)
     gpu = _gpu(device)
     if gpu is None:
-        return _C.plan(shape, dtype_name, layout_name, training, backward, threads)
+        return _C.plan(shape, dtype_name, layout_name, training, backward, threads, residual, activation)
     if threads is not None:
         raise ValueError(f"expected threads with the CPU only, but got {threads} and device {device}")
-    return _C.cuda_plan(shape, dtype_name, layout_name, training, backward, gpu)
+    return _C.cuda_plan(shape, dtype_name, layout_name, training, backward, gpu, residual, activation)

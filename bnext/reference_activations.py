@@ -1,4 +1,4 @@
-"""Batch normalization with an activation in NumPy and float64: what `reference` is to the layer without one.
+"""Batch normalization with a residual and an activation in NumPy and float64: what `reference` is to the bare layer.
 
 An activation is a function f of one number z, here with its derivative, written as in textbooks but for sums that
 would cancel. Where a derivative jumps, it has at the very place the value that torch's has. NaN gives NaN; at an
@@ -114,6 +114,29 @@ def slope(z: ArrayLike, activation: str | None, activation_param: float | None =
         return np.ones_like(z) if activation is None else ACTIVATIONS[activation].slope(z, p)
 
 
+def affine(
+    x: ArrayLike,
+    weight: ArrayLike | None,
+    bias: ArrayLike | None,
+    mean: ArrayLike,
+    var: ArrayLike,
+    eps: float,
+    residual: ArrayLike | None = None,
+) -> Array:
+    """z, what the activation is taken of: `reference.forward` of the same arguments, plus the residual.
+
+    Raises:
+        ValueError: a shape does not fit; that of the residual is x's, nothing is broadcast.
+    """
+    z = reference.forward(x, weight, bias, mean, var, eps)
+    if residual is None:
+        return z
+    added = np.asarray(residual, np.float64)
+    if added.shape != z.shape:
+        raise ValueError(f"the residual has shape {added.shape}, the input {z.shape}")
+    return z + added
+
+
 def forward(
     x: ArrayLike,
     weight: ArrayLike | None,
@@ -123,13 +146,14 @@ def forward(
     eps: float,
     activation: str | None = None,
     activation_param: float | None = None,
+    residual: ArrayLike | None = None,
 ) -> Array:
-    """y = f(z) for the z that `reference.forward` gives for the same arguments; x is (N, C, *), the others (C,).
+    """y = f(z) for the z of `affine`; x and the residual are (N, C, *), the others (C,).
 
     Raises:
         ValueError: a shape does not fit, or the activation does not.
     """
-    z = reference.forward(x, weight, bias, mean, var, eps)
+    z = affine(x, weight, bias, mean, var, eps, residual)
     return value(z, activation, activation_param)
 
 
@@ -144,20 +168,22 @@ def backward(
     training: bool,
     activation: str | None = None,
     activation_param: float | None = None,
-) -> tuple[Array, Array, Array]:
+    residual: ArrayLike | None = None,
+) -> tuple[Array, Array, Array, Array]:
     """Gradients of a scalar loss, from its gradient `dy` with respect to y = f(z).
 
-    By the chain rule dz = dy * f'(z); from there on it is `reference.backward`. Unlike there, z is needed and with it
-    the bias.
+    By the chain rule dz = dy * f'(z), which is the residual's gradient, for it is added; from there on it is
+    `reference.backward`. Unlike there, z is needed and with it the bias.
 
     Returns:
-        dx (N, C, *), dweight (C,), dbias (C,), all float64.
+        dx (N, C, *), dweight (C,), dbias (C,), dresidual (N, C, *), all float64; the last is dz, whether or not a
+        residual was added.
     Raises:
         ValueError: a shape does not fit, or the activation does not.
     """
-    z = reference.forward(x, weight, bias, mean, var, eps)
+    z = affine(x, weight, bias, mean, var, eps, residual)
     dy = np.asarray(dy, np.float64)
     if dy.shape != z.shape:
         raise ValueError(f"the gradient has shape {dy.shape}, the input {z.shape}")
     dz = dy * slope(z, activation, activation_param)
-    return reference.backward(dz, x, weight, mean, var, eps, training)
+    return *reference.backward(dz, x, weight, mean, var, eps, training), dz

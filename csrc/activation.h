@@ -1,7 +1,7 @@
 // Activations of a fused layer, host and device: names, values and gradients, each formula once.
 //
 // The formulas are templates over V, which is float, double or a GCC vector of either, and A, its element.
-// `kind` is meant to be uniform over a loop. Elementary gives static exp, expm1, erf and tanh of a V.
+// `kind` is meant to be uniform over a loop. Elementary gives static exp, expm1, log1p, erf and tanh of a V.
 //
 // NaN, infinities and kinks are those of torch's own functions on one element (its vector and scalar code
 // disagree in the gradient at NaN of relu6, elu and hardswish: it is dy here). An activation that selects
@@ -59,6 +59,10 @@ struct ScalarElementary {
     return std::expm1(z);
   }
   template <class A>
+  BNEXT_HOST_DEVICE static A log1p(A z) {
+    return std::log1p(z);
+  }
+  template <class A>
   BNEXT_HOST_DEVICE static A erf(A z) {
     return std::erf(z);
   }
@@ -67,6 +71,32 @@ struct ScalarElementary {
     return std::tanh(z);
   }
 };
+
+// Whose gradient is dy where activation_passes says so, blocked_grad of it elsewhere: one bit tells.
+constexpr bool is_masked(Activation kind) {
+  return kind == Activation::relu || kind == Activation::leaky_relu || kind == Activation::relu6;
+}
+
+// Whether backward can recover z from y = act(z), one to one with this parameter.
+constexpr bool is_invertible(Activation kind, double param) {
+  return kind == Activation::none ||
+         ((kind == Activation::leaky_relu || kind == Activation::elu) && param > 0);
+}
+
+// Of one that is_masked; NaN passes, but for leaky_relu's.
+template <class A, class V>
+BNEXT_HOST_DEVICE auto activation_passes(Activation kind, const V& z) {
+  const auto positive = z > V{};
+  if (kind == Activation::leaky_relu) return positive;
+  const auto unordered = z != z;
+  if (kind == Activation::relu) return decltype(positive)(positive | unordered);
+  return decltype(positive)((positive & (z < V{} + A(6))) | unordered);
+}
+
+template <class V, class A>
+BNEXT_HOST_DEVICE V blocked_grad(Activation kind, A param, const V& dy) {
+  return kind == Activation::leaky_relu ? V(dy * param) : V{};
+}
 
 // Kept inside [0, 6]; NaN and -0 pass.
 template <class A, class V>
@@ -117,13 +147,9 @@ template <class Elementary, class V, class A>
 BNEXT_HOST_DEVICE V activation_grad(Activation kind, A param, const V& dy, const V& z) {
   switch (kind) {
     case Activation::relu:
-      return z <= V{} ? V{} : dy;
     case Activation::leaky_relu:
-      return z > V{} ? dy : dy * param;
-    case Activation::relu6: {
-      const V below_six = z >= V{} + A(6) ? V{} : dy;
-      return z <= V{} ? V{} : below_six;
-    }
+    case Activation::relu6:
+      return activation_passes<A>(kind, z) ? dy : blocked_grad(kind, param, dy);
     case Activation::silu: {
       const V s = logistic<Elementary, A>(z);
       return dy * (s * (A(1) + z * (A(1) - s)));
@@ -149,6 +175,25 @@ BNEXT_HOST_DEVICE V activation_grad(Activation kind, A param, const V& dy, const
     default:
       return dy;
   }
+}
+
+// z from y = act(z), of one that is_invertible. elu's limit says no more than that z is low: as low as
+// storage T, which y was rounded to, tells apart.
+template <class T, class Elementary, class V, class A>
+BNEXT_HOST_DEVICE V activation_inverse(Activation kind, A param, const V& y) {
+  if (kind == Activation::leaky_relu) return y > V{} ? y : V(y / param);
+  if (kind != Activation::elu) return y;
+  const V lowest = V{} - A((kSignificandBits<T> + 1) * 0.69314718055994530942);  // ln(2)
+  const V z = Elementary::log1p(V(y / param));
+  const V below = z < lowest ? lowest : z;
+  return y > V{} ? y : below;
+}
+
+// activation_grad from what activate gave.
+template <class V, class A>
+BNEXT_HOST_DEVICE V activation_grad_from_output(Activation kind, A param, const V& dy, const V& y) {
+  const V low = kind == Activation::elu ? V(dy * (y + param)) : V(dy * param);
+  return kind == Activation::none ? dy : y <= V{} ? low : dy;
 }
 
 }  // namespace bnext

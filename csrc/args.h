@@ -36,11 +36,20 @@ struct ActivationSpec {
   constexpr explicit operator bool() const { return kind != Activation::none; }
 };
 
+// A mask has bit i % 8 of byte i / 8 for element i in memory order. Whole words of 32 bits, and one more: any
+// four bytes that begin with a bit's byte may be read.
+template <class Size>
+constexpr Size mask_bytes(const Size& numel) {
+  return numel / 32 * 4 + 8;
+}
+
 struct ForwardArgs {
   Extent extent;
   Dtype dtype = Dtype::float32;
   const void* x = nullptr;
-  void* y = nullptr;
+  const void* residual = nullptr;  // added before the activation
+  void* y = nullptr;               // may be x
+  void* mask = nullptr;            // out: see activation_passes
   ChannelVector weight, bias, running_mean, running_var;
   int64_t* num_batches_tracked = nullptr;
   double* mean = nullptr;    // out: statistics the output was normalised with
@@ -53,18 +62,24 @@ struct ForwardArgs {
   ActivationSpec activation;
 };
 
+// The activation's input is computed again from x, and the residual if there is one; where the forward pass
+// left a mask, that says what of dy passes.
 struct BackwardArgs {
   Extent extent;
   Dtype dtype = Dtype::float32;
-  const void* x = nullptr;
+  const void* x = nullptr;  // from_output: y
   const void* dy = nullptr;
+  const void* residual = nullptr;
+  const void* mask = nullptr;
   void* dx = nullptr;
+  void* dresidual = nullptr;   // dz
   ChannelVector weight, bias;  // bias: with an activation, whose input is computed again
   const double* mean = nullptr;
   const double* invstd = nullptr;
   void* dweight = nullptr;  // opmath of dtype
   void* dbias = nullptr;    // opmath of dtype
   bool batch_statistics = false;
+  bool from_output = false;  // the forward pass wrote over x: y stands for it, through activation_inverse
   ActivationSpec activation;
 };
 

@@ -140,12 +140,55 @@ inline void require_counter(const std::optional<at::Tensor>& counter, const at::
   require_same_device("num_batches_tracked", *counter, x);
 }
 
-inline void require_gradient(const at::Tensor& dy, const at::Tensor& x) {
-  TORCH_CHECK(dy.sym_sizes() == x.sym_sizes(), "expected dy of the input's size ", size_text(x), ", but got ",
-              size_text(dy));
-  TORCH_CHECK(dy.scalar_type() == x.scalar_type(), "expected dy of the input's dtype ",
-              c10::toString(x.scalar_type()), ", but got ", c10::toString(dy.scalar_type()));
-  require_same_device("dy", dy, x);
+// A tensor beside the input and like it.
+inline void require_like_input(const char* name, const std::optional<at::Tensor>& t, const at::Tensor& x) {
+  if (!present(t)) return;
+  TORCH_CHECK(t->sym_sizes() == x.sym_sizes(), "expected ", name, " of the input's size ", size_text(x),
+              ", but got ", size_text(*t));
+  TORCH_CHECK(t->scalar_type() == x.scalar_type(), "expected ", name, " of the input's dtype ",
+              c10::toString(x.scalar_type()), ", but got ", c10::toString(t->scalar_type()));
+  require_same_device(name, *t, x);
+}
+
+// Of batch_norm_backward: what it recovers the activation's slope from.
+inline void require_slope_source(const std::optional<at::Tensor>& residual,
+                                 const std::optional<at::Tensor>& mask, bool from_output,
+                                 const ActivationSpec& activation, const at::Tensor& x, bool dresidual) {
+  require_like_input("residual", residual, x);
+  TORCH_CHECK(present(residual) + present(mask) + from_output <= 1,
+              "expected one of residual, mask and from_output at most");
+  if (present(mask)) {
+    TORCH_CHECK(is_masked(activation.kind), "expected a mask with relu, leaky_relu or relu6 only");
+    const c10::SymInt bytes = mask_bytes(x.sym_numel());
+    TORCH_CHECK(mask->scalar_type() == at::kByte && mask->dim() == 1 && mask->sym_size(0) == bytes,
+                "expected mask to be ", bytes, " elements of Byte, but got ", size_text(*mask), " of ",
+                c10::toString(mask->scalar_type()));
+    require_same_device("mask", *mask, x);
+  }
+  TORCH_CHECK(!dresidual || (activation && (present(residual) || present(mask))),
+              "expected dresidual only with an activation and a residual: it is dy otherwise");
+}
+
+// Of batch_norm_.
+inline void require_invertible(const ActivationSpec& activation) {
+  TORCH_CHECK_VALUE(
+      is_invertible(activation.kind, activation.param),
+      "inplace=True keeps the output alone, so backward has to recover the input from it: expected "
+      "activation None, leaky_relu or elu, with a positive parameter, but got ",
+      activation ? activation_name(activation.kind) : "None",
+      activation_entry(activation.kind).takes_parameter ? " with " + python_repr(activation.param)
+                                                        : std::string(),
+      activation.kind == Activation::relu
+          ? " (what relu sets to 0 is lost; leaky_relu with a small slope is the usual choice)"
+          : "");
+}
+
+// Of batch_norm_ before a backward. Only asked on the CPU: elsewhere it would wait for the device.
+inline void require_recoverable(const std::optional<at::Tensor>& weight) {
+  if (!present(weight) || !weight->is_cpu() || weight->all().item<bool>()) return;
+  TORCH_CHECK(false, "inplace=True recovers the input from the output, but the weight of channel ",
+              weight->view(-1).ne(0).to(at::kInt).argmin().item<int64_t>(),
+              " is 0: expected weights other than 0");
 }
 
 inline void require_statistics(const at::Tensor& stats, const at::Tensor& x) {

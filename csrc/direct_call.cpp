@@ -68,27 +68,28 @@ bool read(PyObject* object, c10::SmallVector<int64_t, 4>& values) {
 PyObject* batch_norm_direct(PyObject*, PyObject* const* args, Py_ssize_t count) {
   HANDLE_TH_ERRORS
   at::Tensor x;
-  OptionalTensor weight, bias, running_mean, running_var, num_batches_tracked;
+  OptionalTensor residual, weight, bias, running_mean, running_var, num_batches_tracked;
   bool training = false, unbiased_running_var = false;
   std::optional<double> momentum;
   double eps = 0;
   c10::SmallVector<int64_t, 4> ndims;
   ActivationName activation;
   std::optional<double> activation_param;
-  const bool direct = count == 13 && read(args[0], x) && read(args[1], weight) && read(args[2], bias) &&
-                      read(args[3], running_mean) && read(args[4], running_var) &&
-                      read(args[5], num_batches_tracked) && read(args[6], training) &&
-                      read(args[7], momentum) && read(args[8], eps) && read(args[9], unbiased_running_var) &&
-                      read(args[10], ndims) && read(args[11], activation) &&
-                      read(args[12], activation_param) && !at::impl::torch_function_mode_enabled() &&
-                      !torch::jit::tracer::isTracing();
+  bool for_backward = false;
+  const bool direct = count == 15 && read(args[0], x) && read(args[1], residual) && read(args[2], weight) &&
+                      read(args[3], bias) && read(args[4], running_mean) && read(args[5], running_var) &&
+                      read(args[6], num_batches_tracked) && read(args[7], training) &&
+                      read(args[8], momentum) && read(args[9], eps) && read(args[10], unbiased_running_var) &&
+                      read(args[11], ndims) && read(args[12], activation) &&
+                      read(args[13], activation_param) && read(args[14], for_backward) &&
+                      !at::impl::torch_function_mode_enabled() && !torch::jit::tracer::isTracing();
   if (!direct) Py_RETURN_NONE;
   at::Tensor y;
   {
     pybind11::gil_scoped_release no_gil;
-    y = std::get<0>(forward_operator().call(x, weight, bias, running_mean, running_var, num_batches_tracked,
-                                            training, momentum, eps, unbiased_running_var, ndims, activation,
-                                            activation_param));
+    y = std::get<0>(forward_operator().call(
+        x, residual, weight, bias, running_mean, running_var, num_batches_tracked, training, momentum, eps,
+        unbiased_running_var, ndims, activation, activation_param, for_backward));
   }
   return THPVariable_Wrap(std::move(y));
   END_HANDLE_TH_ERRORS

@@ -4,10 +4,14 @@
 #include <ATen/ATen.h>
 #include <torch/csrc/autograd/autograd.h>
 
+#include <algorithm>
+
 #include "ops.h"
 
 namespace bnext {
 namespace {
+
+bool given(const at::Tensor& cotangent) { return cotangent.defined() && cotangent.sym_numel() != 0; }
 
 // Shapes (C,) for broadcasting against x.
 at::Tensor along_channels(const at::Tensor& v, const at::Tensor& x) {
@@ -71,6 +75,17 @@ at::Tensor activation_grad(const ActivationSpec& activation, const at::Tensor& d
   return dy;
 }
 
+// Bits of the mask in x's shape.
+at::Tensor bits(const at::Tensor& mask, const at::Tensor& x) {
+  const at::Tensor powers = at::pow(2, at::arange(8, mask.options().dtype(at::kInt))).to(at::kByte);
+  const at::Tensor flat =
+      mask.unsqueeze(1).bitwise_and(powers).ne(0).flatten().narrow_symint(0, 0, x.sym_numel());
+  if (memory_format_of(x) == at::MemoryFormat::Contiguous) return flat.view_symint(x.sym_sizes());
+  std::vector<c10::SymInt> last = x.sym_sizes().vec();  // channels last
+  std::rotate(last.begin() + 1, last.begin() + 2, last.end());
+  return flat.view_symint(last).movedim(-1, 1);
+}
+
 // Let P(v) = v - m(v) - xhat * m(v * xhat), m the mean over a channel, r = invstd; P is the projection behind
 // dx = w r P(dy), self-adjoint, and r P(v) is the pull-back of v through xhat. For the cotangents gx, gw, gb
 // of dx, dweight, dbias:
@@ -78,11 +93,8 @@ at::Tensor activation_grad(const ActivationSpec& activation, const at::Tensor& d
 //   to w:   sum(gx * r P(dy))
 //   to x:   -w r^2 (xhat m(gx * P(dy)) + m(dy xhat) P(gx) + m(gx xhat) P(dy)) + gw r P(dy)
 // With fixed statistics P is the identity and r a constant: the first factor of the last line vanishes.
-std::tuple<at::Tensor, at::Tensor, at::Tensor> without_activation(const std::array<at::Tensor, 3>& cotangents,
-                                                                  const at::Tensor& given_dy,
-                                                                  const at::Tensor& given_x,
-                                                                  const at::Tensor& weight,
-                                                                  const at::Tensor& stats, bool training) {
+BackwardInputs without_activation(const Cotangents& to, const at::Tensor& given_dy, const at::Tensor& given_x,
+                                  const at::Tensor& weight, const at::Tensor& stats, bool training) {
   const auto math = given_x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
   const at::Tensor dy = given_dy.to(math), x = given_x.to(math);
   const at::Tensor w = weight.defined() ? along_channels(weight.to(math), x) : at::ones({1}, x.options());
@@ -93,67 +105,74 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> without_activation(const std::arr
   auto project = [&](const at::Tensor& v) { return training ? v - m(v) - xhat * m(v * xhat) : v; };
 
   const at::Tensor zero = at::zeros({1}, x.options());
-  auto present = [](const at::Tensor& v) { return v.defined() && v.sym_numel() != 0; };
-  const auto& [to_dx, to_dweight, to_dbias] = cotangents;
-  const at::Tensor gx = present(to_dx) ? to_dx.to(math) : at::zeros_like(x);
-  const at::Tensor gw = present(to_dweight) ? along_channels(to_dweight.to(math), x) : zero;
-  const at::Tensor gb = present(to_dbias) ? along_channels(to_dbias.to(math), x) : zero;
+  const at::Tensor gx = given(to.dx) ? to.dx.to(math) : at::zeros_like(x);
+  const at::Tensor gw = given(to.dweight) ? along_channels(to.dweight.to(math), x) : zero;
+  const at::Tensor gb = given(to.dbias) ? along_channels(to.dbias.to(math), x) : zero;
 
   const at::Tensor projected_dy = project(dy);
-  const at::Tensor to_dy = (w * r * project(gx) + gw * xhat + gb).to(given_dy.scalar_type());
+  BackwardInputs result;
+  result.dy = (w * r * project(gx) + gw * xhat + gb).to(given_dy.scalar_type());
   at::Tensor to_x = gw * r * projected_dy;
   if (training) {
     to_x =
         to_x -
         w * r * r * (xhat * m(gx * projected_dy) + m(dy * xhat) * project(gx) + m(gx * xhat) * projected_dy);
   }
-  at::Tensor to_weight;
+  result.x = to_x.to(given_x.scalar_type());
   if (weight.defined()) {
-    to_weight = (gx * r * projected_dy).sum(dims).to(weight.scalar_type()).view_as(weight);
+    result.weight = (gx * r * projected_dy).sum(dims).to(weight.scalar_type()).view_as(weight);
   }
-  return {to_dy, to_x.to(given_x.scalar_type()), to_weight};
+  return result;
 }
 
 }  // namespace
 
 // Backward is dz = activation_grad(dy, z), then what it is without an activation, of dz. So its derivative is
-// that of the second step, its cotangent of dz through the first to dy and z, and that of z = bn(x) through
-// another backward.
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> double_backward(
-    const std::array<at::Tensor, 3>& cotangents, const at::Tensor& dy, const at::Tensor& x,
-    const at::Tensor& weight, const at::Tensor& bias, const at::Tensor& stats, bool training,
-    const ActivationSpec& activation) {
-  if (!activation) {
-    auto [to_dy, to_x, to_weight] = without_activation(cotangents, dy, x, weight, stats, training);
-    return {to_dy, to_x, to_weight, {}};
-  }
+// that of the second step, its cotangent of dz (which is also dresidual) through the first to dy and z, and
+// that of z = bn(x) + residual through another backward. A mask in place of z: nothing goes there.
+BackwardInputs double_backward(const Cotangents& to, const BackwardInputs& given_inputs, bool training,
+                               const ActivationSpec& activation) {
+  const auto& [dy, x, residual, mask, weight, bias, stats] = given_inputs;
+  if (!activation) return without_activation(to, dy, x, weight, stats, training);
   const auto math = x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
   at::Tensor z, wide_dy, dz;
   {
     const at::AutoGradMode enabled(true);
-    const at::Tensor wide = x.to(math);
-    z = differentiable_xhat(wide, stats, training).first;
-    if (weight.defined()) z = z * along_channels(weight.to(math), wide);
-    if (bias.defined()) z = z + along_channels(bias.to(math), wide);
-    if (!z.requires_grad()) z.requires_grad_();
     wide_dy = dy.to(math);
     if (!wide_dy.requires_grad()) wide_dy = wide_dy.detach().requires_grad_();
-    dz = activation_grad(activation, wide_dy, z);
+    if (mask.defined()) {
+      const at::Tensor blocked =
+          activation.kind == Activation::leaky_relu ? wide_dy * activation.param : at::zeros_like(wide_dy);
+      dz = at::where(bits(mask, x), wide_dy, blocked);
+    } else {
+      const at::Tensor wide = x.to(math);
+      z = differentiable_xhat(wide, stats, training).first;
+      if (weight.defined()) z = z * along_channels(weight.to(math), wide);
+      if (bias.defined()) z = z + along_channels(bias.to(math), wide);
+      if (residual.defined()) z = z + residual.to(math);
+      if (!z.requires_grad()) z.requires_grad_();
+      dz = activation_grad(activation, wide_dy, z);
+    }
   }
-  auto [to_dz, to_x, to_weight] =
-      without_activation(cotangents, dz.to(dy.scalar_type()), x, weight, stats, training);
+  BackwardInputs result = without_activation(to, dz.to(dy.scalar_type()), x, weight, stats, training);
+  const at::Tensor to_dz =
+      given(to.dresidual) ? result.dy.to(math) + to.dresidual.to(math) : result.dy.to(math);
+  const torch::autograd::variable_list sources =
+      z.defined() ? torch::autograd::variable_list{wide_dy, z} : torch::autograd::variable_list{wide_dy};
   const auto through =
-      torch::autograd::grad({dz}, {wide_dy, z}, {to_dz.to(math)}, /*retain_graph=*/true,
+      torch::autograd::grad({dz}, sources, {to_dz}, /*retain_graph=*/true,
                             /*create_graph=*/at::GradMode::is_enabled(), /*allow_unused=*/true);
-  const at::Tensor to_dy = through[0].defined() ? through[0].to(dy.scalar_type()) : at::Tensor();
-  if (!through[1].defined()) return {to_dy, to_x, to_weight, {}};
+  result.dy = through[0].defined() ? through[0].to(dy.scalar_type()) : at::Tensor();
+  if (through.size() < 2 || !through[1].defined()) return result;
+  if (residual.defined()) result.residual = through[1].to(residual.scalar_type());
   const OptionalTensor w = weight.defined() ? OptionalTensor(weight) : std::nullopt;
-  const auto [more_x, more_weight, to_bias] =
-      backward_operator().call(through[1].to(x.scalar_type()), x, w, std::nullopt, stats, training,
-                               std::nullopt, std::nullopt, {true, weight.defined(), bias.defined()});
-  if (to_weight.defined()) to_weight = to_weight + more_weight.to(weight.scalar_type()).view_as(weight);
-  return {to_dy, to_x + more_x, to_weight,
-          bias.defined() ? to_bias.to(bias.scalar_type()).view_as(bias) : at::Tensor()};
+  const auto [more_x, more_weight, to_bias, none] = backward_operator().call(
+      through[1].to(x.scalar_type()), x, std::nullopt, std::nullopt, w, std::nullopt, stats, training,
+      std::nullopt, std::nullopt, false, {true, weight.defined(), bias.defined(), false});
+  result.x = result.x + more_x;
+  if (weight.defined()) result.weight = result.weight + more_weight.to(weight.scalar_type()).view_as(weight);
+  if (bias.defined()) result.bias = to_bias.to(bias.scalar_type()).view_as(bias);
+  return result;
 }
 
 }  // namespace bnext

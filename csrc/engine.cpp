@@ -14,7 +14,7 @@ namespace {
 
 template <class Args>
 Plan cpu_plan(const Args& args, Pass pass) {
-  return make_plan({args.extent, args.dtype, pass}, cpu::machine(at::get_num_threads()));
+  return make_plan(Problem(args, pass), cpu::machine(at::get_num_threads()));
 }
 
 }  // namespace
@@ -24,7 +24,11 @@ void require_engine(const at::Tensor& x) {
 }
 
 at::Tensor empty_vector(at::IntArrayRef sizes, at::ScalarType dtype, const at::Tensor& like) {
-  if (like.is_cpu()) return at::detail::empty_cpu(sizes, dtype);
+  if (like.is_cpu()) {
+    const size_t bytes = c10::multiply_integers(sizes) * c10::elementSize(dtype);
+    return at::detail::empty_generic(sizes, output_allocator(bytes),
+                                     c10::DispatchKeySet(c10::DispatchKey::CPU), dtype, std::nullopt);
+  }
   return at::empty(sizes, like.options().dtype(dtype));
 }
 

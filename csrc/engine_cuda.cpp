@@ -85,7 +85,7 @@ template <class Args, class Launch>
 void run_on(const Args& args, Pass pass, c10::Device device, Launch launch) {
   const c10::DeviceGuard guard(device);
   const cuda::Plan plan =
-      cuda::make_plan({args.extent, args.dtype, pass}, cuda::device(device.index()), cuda::aligned(args));
+      cuda::make_plan(Problem(args, pass), cuda::device(device.index()), cuda::aligned(args));
   cuda::Workspace workspace;
   workspace.stream = c10::cuda::getCurrentCUDAStream(device.index()).stream();
   at::Tensor scratch;  // freed in the order of the stream

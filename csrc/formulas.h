@@ -1,10 +1,12 @@
 // The mathematics of batch normalization, host and device, each formula once.
 //
 // Per channel with n elements:   mean = sum(x)/n,  var = sum((x-mean)^2)/n,  invstd = 1/sqrt(var + eps)
-// - y = (x - mean) * invstd * weight + bias
+// - z = (x - mean) * invstd * weight + bias [+ residual],  y = act(z)
 // - dweight = invstd * sum(dz*(x-mean)), dbias = sum(dz)
 // - dx with batch statistics: invstd * weight * (dz - sum(dz)/n - (x - mean) * invstd^2 * sum(dz*(x-mean))/n)
 // - dx with fixed statistics: invstd * weight * dz
+//
+// Where y was written over x, z = y's inverse stands for x: (z - bias) / weight is (x - mean) * invstd.
 //
 // Element loops work with a `center` in opmath that lies within rounding of the mean, so that x - center is
 // exact where it matters; what the center lacks (mean - center) goes into the constant term in double. The
@@ -101,12 +103,12 @@ struct InputGradCoefficients {
   A scale, center, slope, offset;
 };
 
+// scale: of dz. The sums, mean and invstd may be those of any affine image of x, which then stands for x.
 template <class A>
 BNEXT_HOST_DEVICE InputGradCoefficients<A> input_grad_coefficients(const Sums& sums, double mean,
                                                                    double sums_center, double invstd,
-                                                                   double weight, double inverse_count) {
+                                                                   double scale, double inverse_count) {
   const A center = static_cast<A>(mean);
-  const double scale = weight * invstd;
   const double slope = -scale * invstd * invstd * centered_second(sums, mean, sums_center) * inverse_count;
   const double rest = mean - static_cast<double>(center);
   const double offset = -scale * sums.first * inverse_count - slope * rest;

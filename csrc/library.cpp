@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "calls.h"
 #include "cpu/launch.h"
 #include "cpu/memory.h"
 #include "cpu/tiles.h"
@@ -22,40 +23,55 @@
 TORCH_LIBRARY(bnext, m) {
   // Batch normalization of x over all dimensions but 1. stats (2, C), float64: the mean and 1/sqrt(var + eps)
   // that y was normalised with. training: batch statistics, running ones are updated if given; momentum None:
-  // cumulative average over num_batches_tracked. ndims: the ranks allowed, any from 2 if empty. activation:
-  // of the result, by its name in activation.h.
+  // cumulative average over num_batches_tracked. ndims: the ranks allowed, any from 2 if empty. residual:
+  // added before the activation, which goes by its name in activation.h. for_backward: also the mask (see
+  // args.h) that a residual and an activation with two slopes need, else mask is empty.
   m.def(
-      "batch_norm(Tensor x, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, Tensor(b!)? running_var, "
-      "Tensor(c!)? num_batches_tracked, bool training, float? momentum, float eps, bool "
-      "unbiased_running_var, "
-      "int[] ndims, str? activation, float? activation_param) -> (Tensor y, Tensor stats)",
+      "batch_norm(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, "
+      "Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, bool training, float? momentum, float eps, "
+      "bool unbiased_running_var, int[] ndims, str? activation, float? activation_param, bool for_backward) "
+      "-> (Tensor y, Tensor stats, Tensor mask)",
       {at::Tag::pt2_compliant_tag});
-  // Its gradients, from the stats it returned; the activation's input is computed again from x. dweight and
-  // dbias are float32 (float64 for float64 x); those not in output_mask are empty.
+  // The same over x, with an activation that has an inverse. for_backward: refuses what a backward could not
+  // recover x from.
   m.def(
-      "batch_norm_backward(Tensor dy, Tensor x, Tensor? weight, Tensor? bias, Tensor stats, bool training, "
-      "str? activation, float? activation_param, bool[3] output_mask) "
-      "-> (Tensor dx, Tensor dweight, Tensor dbias)",
+      "batch_norm_(Tensor(d!) x, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, "
+      "Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, bool training, float? momentum, float eps, "
+      "bool unbiased_running_var, int[] ndims, str? activation, float? activation_param, bool for_backward) "
+      "-> Tensor stats",
+      {at::Tag::pt2_compliant_tag});
+  // Their gradients, from the stats they returned and the mask, or else from the activation's input, computed
+  // again from x and residual. from_output: x is what batch_norm_ wrote. dweight and dbias are float32
+  // (float64 for float64 x); those not in output_mask are empty. Without an activation dresidual would be dy.
+  m.def(
+      "batch_norm_backward(Tensor dy, Tensor x, Tensor? residual, Tensor? mask, Tensor? weight, Tensor? "
+      "bias, "
+      "Tensor stats, bool training, str? activation, float? activation_param, bool from_output, "
+      "bool[4] output_mask) -> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dresidual)",
       {at::Tag::pt2_compliant_tag});
 }
 
 TORCH_LIBRARY_IMPL(bnext, CPU, m) {
-  m.impl("batch_norm", bnext::batch_norm_dense);
-  m.impl("batch_norm_backward", bnext::batch_norm_backward_dense);
+  m.impl("batch_norm", bnext::batch_norm<bnext::forward_dense>);
+  m.impl("batch_norm_", bnext::batch_norm_inplace<bnext::inplace_dense>);
+  m.impl("batch_norm_backward", bnext::batch_norm_backward<bnext::backward_dense>);
 }
 
 TORCH_LIBRARY_IMPL(bnext, CUDA, m) {
-  m.impl("batch_norm", bnext::batch_norm_dense);
-  m.impl("batch_norm_backward", bnext::batch_norm_backward_dense);
+  m.impl("batch_norm", bnext::batch_norm<bnext::forward_dense>);
+  m.impl("batch_norm_", bnext::batch_norm_inplace<bnext::inplace_dense>);
+  m.impl("batch_norm_backward", bnext::batch_norm_backward<bnext::backward_dense>);
 }
 
 TORCH_LIBRARY_IMPL(bnext, Meta, m) {
-  m.impl("batch_norm", bnext::batch_norm_meta);
-  m.impl("batch_norm_backward", bnext::batch_norm_backward_meta);
+  m.impl("batch_norm", bnext::batch_norm<bnext::forward_meta>);
+  m.impl("batch_norm_", bnext::batch_norm_inplace<bnext::inplace_meta>);
+  m.impl("batch_norm_backward", bnext::batch_norm_backward<bnext::backward_meta>);
 }
 
 TORCH_LIBRARY_IMPL(bnext, Autograd, m) {
   m.impl("batch_norm", bnext::batch_norm_autograd);
+  m.impl("batch_norm_", bnext::batch_norm_inplace_autograd);
   m.impl("batch_norm_backward", bnext::batch_norm_backward_autograd);
 }
 

@@ -3,8 +3,9 @@
 
 #include <ATen/MemoryOverlap.h>
 #include <ATen/ops/empty.h>
+#include <c10/core/InferenceMode.h>
 
-#include "checks.h"
+#include "calls.h"
 #include "engine.h"
 
 namespace bnext {
@@ -35,14 +36,18 @@ const c10::TypedOperatorHandle<ForwardSignature>& forward_operator() {
   return op;
 }
 
+const c10::TypedOperatorHandle<InplaceSignature>& inplace_operator() {
+  static const auto op =
+      c10::Dispatcher::singleton().findSchemaOrThrow("bnext::batch_norm_", "").typed<InplaceSignature>();
+  return op;
+}
+
 const c10::TypedOperatorHandle<BackwardSignature>& backward_operator() {
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("bnext::batch_norm_backward", "")
                              .typed<BackwardSignature>();
   return op;
 }
-
-namespace {
 
 at::MemoryFormat memory_format_of(const at::Tensor& x) {
   if (x.is_contiguous()) return at::MemoryFormat::Contiguous;
@@ -51,6 +56,8 @@ at::MemoryFormat memory_format_of(const at::Tensor& x) {
     return at::MemoryFormat::ChannelsLast3d;
   return at::MemoryFormat::Contiguous;
 }
+
+namespace {
 
 // x in an order the kernels can walk, the order itself, and its extent.
 struct Input {
@@ -86,149 +93,121 @@ struct Parameter {
   }
 };
 
-void check_forward(const at::Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias,
-                   const OptionalTensor& running_mean, const OptionalTensor& running_var,
-                   const OptionalTensor& num_batches_tracked, bool training, double eps,
-                   at::IntArrayRef ndims) {
-  require_input(x, ndims);
-  if (training) require_enough_values(x);
-  require_eps(eps, training);
-  require_running_pair(running_mean, running_var, training);
-  ParameterDtype dtypes{x};
-  const std::pair<const char*, const OptionalTensor&> vectors[] = {
-      {"running_mean", running_mean}, {"running_var", running_var}, {"weight", weight}, {"bias", bias}};
-  for (const auto& [name, vector] : vectors) require_channel_vector(name, vector, x);
-  for (const auto& [name, vector] : vectors) dtypes.require(name, vector);
-  require_counter(num_batches_tracked, x);
+at::Tensor dense_like(const Input& input, const OptionalTensor& t) {
+  return present(t) ? t->contiguous(input.format) : at::Tensor();
 }
 
-void check_backward(const at::Tensor& dy, const at::Tensor& x, const OptionalTensor& weight,
-                    const OptionalTensor& bias, const at::Tensor& stats) {
-  require_input(x, {});
-  require_gradient(dy, x);
-  ParameterDtype dtypes{x};
-  for (const auto& [name, vector] : {std::pair<const char*, const OptionalTensor&>("weight", weight),
-                                     std::pair<const char*, const OptionalTensor&>("bias", bias)}) {
-    require_channel_vector(name, vector, x);
-    dtypes.require(name, vector);
-  }
-  require_statistics(stats, x);
-}
+const void* pointer(const at::Tensor& t) { return t.defined() ? t.const_data_ptr() : nullptr; }
 
-at::ScalarType parameter_grad_dtype(const at::Tensor& x) {
-  return x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-}
-
-}  // namespace
-
-ForwardResult batch_norm_dense(const at::Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias,
-                               const OptionalTensor& running_mean, const OptionalTensor& running_var,
-                               const OptionalTensor& num_batches_tracked, bool training,
-                               std::optional<double> momentum, double eps, bool unbiased_running_var,
-                               at::IntArrayRef ndims, ActivationName activation,
-                               std::optional<double> activation_param) {
-  const ActivationSpec act = require_activation(activation, activation_param);
-  check_forward(x, weight, bias, running_mean, running_var, num_batches_tracked, training, eps, ndims);
-  require_engine(x);
-  const Parameter w(weight), b(bias), mean(running_mean), var(running_var);
-  if (training) {
+// Into y, and the mask if it is wanted; returns stats. y may be the input.
+at::Tensor run_forward(const ForwardCall& call, const Input& input, const at::Tensor& y,
+                       const at::Tensor& mask) {
+  const at::Tensor& x = input.dense;
+  const at::Tensor residual = dense_like(input, call.residual);
+  const Parameter w(call.weight), b(call.bias), mean(call.running_mean), var(call.running_var);
+  if (call.training) {
     mean.require_writable();
     var.require_writable();
   }
-  const Input input(x);
-  at::Tensor y = empty_output(input.dense, input.format);
   at::Tensor stats = empty_vector({2, x.size(1)}, at::kDouble, x);
-
   ForwardArgs args;
   args.extent = input.extent;
   args.dtype = dtype_of(x.scalar_type());
-  args.x = input.dense.const_data_ptr();
+  args.x = x.const_data_ptr();
+  args.residual = pointer(residual);
   args.y = y.data_ptr();
+  args.mask = mask.numel() == 0 ? nullptr : mask.data_ptr();
   args.weight = w.vector();
   args.bias = b.vector();
   args.running_mean = mean.vector();
   args.running_var = var.vector();
-  if (training && present(num_batches_tracked))
-    args.num_batches_tracked = num_batches_tracked->data_ptr<int64_t>();
+  if (call.training && present(call.num_batches_tracked))
+    args.num_batches_tracked = call.num_batches_tracked->data_ptr<int64_t>();
   args.mean = stats.data_ptr<double>();
   args.invstd = args.mean + x.size(1);
-  args.eps = eps;
-  args.momentum = momentum.value_or(0.0);
-  args.cumulative = !momentum.has_value();
-  args.batch_statistics = training;
-  args.unbiased_running_var = unbiased_running_var;
-  args.activation = act;
-  run(args, training ? Pass::forward : Pass::inference, x);
-  if (training) {
+  args.eps = call.eps;
+  args.momentum = call.momentum.value_or(0.0);
+  args.cumulative = !call.momentum.has_value();
+  args.batch_statistics = call.training;
+  args.unbiased_running_var = call.unbiased_running_var;
+  args.activation = call.activation;
+  run(args, call.training ? Pass::forward : Pass::inference, x);
+  if (call.training) {
     mean.finish();
     var.finish();
   }
-  return {y, stats};
+  return stats;
 }
 
-BackwardResult batch_norm_backward_dense(const at::Tensor& dy, const at::Tensor& x,
-                                         const OptionalTensor& weight, const OptionalTensor& bias,
-                                         const at::Tensor& stats, bool training, ActivationName activation,
-                                         std::optional<double> activation_param,
-                                         std::array<bool, 3> output_mask) {
-  const ActivationSpec act = require_activation(activation, activation_param);
-  check_backward(dy, x, weight, bias, stats);
+}  // namespace
+
+ForwardResult forward_dense(const ForwardCall& call) {
+  call.check();
+  require_engine(call.x);
+  const Input input(call.x);
+  at::Tensor y = empty_output(input.dense, input.format);
+  at::Tensor mask = empty_vector({call.mask_size(call.x.numel())}, at::kByte, call.x);
+  at::Tensor stats = run_forward(call, input, y, mask);
+  return {y, stats, mask};
+}
+
+at::Tensor inplace_dense(const ForwardCall& call) {
+  const at::Tensor& x = call.x;
+  call.check();
+  require_invertible(call.activation);
+  require_engine(x);
+  if (call.for_backward) require_recoverable(call.weight);
+  TORCH_CHECK(!x.is_inference() || c10::InferenceMode::is_enabled(),
+              "Inplace update to inference tensor outside InferenceMode is not allowed.");
+  at::assert_no_internal_overlap(x);
+  const Input input(x);
+  at::Tensor stats = run_forward(call, input, input.dense, empty_vector({0}, at::kByte, x));
+  if (!input.dense.is_same(x)) x.copy_(input.dense);
+  return stats;
+}
+
+BackwardResult backward_dense(const BackwardCall& call) {
+  const at::Tensor& x = call.x;
+  const std::array<bool, 4>& wanted = call.output_mask;
+  call.check();
   require_engine(x);
   const Input input(x);
-  const at::Tensor dense_dy = dy.contiguous(input.format), dense_stats = stats.contiguous();
-  const Parameter w(weight), b(bias);
-  auto per_channel = [&](bool wanted) -> at::Tensor {
-    return empty_vector({wanted ? x.size(1) : 0}, parameter_grad_dtype(x), x);
+  const at::Tensor dense_dy = call.dy.contiguous(input.format), dense_stats = call.stats.contiguous();
+  const at::Tensor dense_residual = dense_like(input, call.residual);
+  const at::Tensor dense_mask = present(call.mask) ? call.mask->contiguous() : at::Tensor();
+  const Parameter w(call.weight), b(call.bias);
+  auto like_x = [&](bool some) {
+    return some ? empty_output(input.dense, input.format) : empty_vector({0}, x.scalar_type(), x);
   };
-  at::Tensor dx =
-      output_mask[0] ? empty_output(input.dense, input.format) : empty_vector({0}, x.scalar_type(), x);
-  at::Tensor dweight = per_channel(output_mask[1]), dbias = per_channel(output_mask[2]);
+  auto per_channel = [&](bool some) {
+    return empty_vector({some ? x.size(1) : 0}, call.parameter_dtype(), x);
+  };
+  at::Tensor dx = like_x(wanted[0] || wanted[3]), dresidual = like_x(wanted[3]);
+  at::Tensor dweight = per_channel(wanted[1]), dbias = per_channel(wanted[2]);
 
   BackwardArgs args;
   args.extent = input.extent;
   args.dtype = dtype_of(x.scalar_type());
   args.x = input.dense.const_data_ptr();
   args.dy = dense_dy.const_data_ptr();
-  args.dx = output_mask[0] ? dx.data_ptr() : nullptr;
+  args.residual = pointer(dense_residual);
+  args.mask = pointer(dense_mask);
+  args.dx = wanted[0] || wanted[3] ? dx.data_ptr() : nullptr;
+  args.dresidual = wanted[3] ? dresidual.data_ptr() : nullptr;
   args.weight = w.vector();
   args.bias = b.vector();
-  args.activation = act;
+  args.activation = call.activation;
   args.mean = dense_stats.const_data_ptr<double>();
   args.invstd = args.mean + x.size(1);
-  args.dweight = output_mask[1] ? dweight.data_ptr() : nullptr;
-  args.dbias = output_mask[2] ? dbias.data_ptr() : nullptr;
-  args.batch_statistics = training;
-  if (output_mask[0] || output_mask[1] || output_mask[2]) {
-    run(args, training ? Pass::backward : Pass::frozen_backward, x);
+  args.dweight = wanted[1] ? dweight.data_ptr() : nullptr;
+  args.dbias = wanted[2] ? dbias.data_ptr() : nullptr;
+  args.batch_statistics = call.training;
+  args.from_output = call.from_output;
+  if (wanted != std::array<bool, 4>{}) {
+    run(args, call.training ? Pass::backward : Pass::frozen_backward, x);
   }
-  return {dx, dweight, dbias};
-}
-
-ForwardResult batch_norm_meta(const at::Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias,
-                              const OptionalTensor& running_mean, const OptionalTensor& running_var,
-                              const OptionalTensor& num_batches_tracked, bool training, std::optional<double>,
-                              double eps, bool, at::IntArrayRef ndims, ActivationName activation,
-                              std::optional<double> activation_param) {
-  require_activation(activation, activation_param);
-  check_forward(x, weight, bias, running_mean, running_var, num_batches_tracked, training, eps, ndims);
-  return {at::empty_symint(x.sym_sizes(), x.options(), memory_format_of(x)),
-          at::empty_symint({2, x.sym_size(1)}, x.options().dtype(at::kDouble))};
-}
-
-BackwardResult batch_norm_backward_meta(const at::Tensor& dy, const at::Tensor& x,
-                                        const OptionalTensor& weight, const OptionalTensor& bias,
-                                        const at::Tensor& stats, bool, ActivationName activation,
-                                        std::optional<double> activation_param,
-                                        std::array<bool, 3> output_mask) {
-  require_activation(activation, activation_param);
-  check_backward(dy, x, weight, bias, stats);
-  const auto options = x.options().dtype(parameter_grad_dtype(x));
-  auto per_channel = [&](bool wanted) {
-    return at::empty_symint({wanted ? x.sym_size(1) : c10::SymInt(0)}, options);
-  };
-  at::Tensor dx = output_mask[0] ? at::empty_symint(x.sym_sizes(), x.options(), memory_format_of(x))
-                                 : at::empty_symint({0}, x.options());
-  return {dx, per_channel(output_mask[1]), per_channel(output_mask[2])};
+  if (!wanted[0]) dx = like_x(false);  // made for the map that gives dresidual
+  return {dx, dweight, dbias, dresidual};
 }
 
 }  // namespace bnext

@@ -15,32 +15,44 @@ namespace bnext {
 
 using OptionalTensor = std::optional<at::Tensor>;
 using ActivationName = std::optional<c10::string_view>;
-using ForwardResult = std::tuple<at::Tensor, at::Tensor>;               // y, stats
-using BackwardResult = std::tuple<at::Tensor, at::Tensor, at::Tensor>;  // dx, dweight, dbias
+using ForwardResult = std::tuple<at::Tensor, at::Tensor, at::Tensor>;  // y, stats, mask
+using BackwardResult =
+    std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;  // dx, dweight, dbias, dresidual
 
-using ForwardSignature = ForwardResult(const at::Tensor& x, const OptionalTensor& weight,
-                                       const OptionalTensor& bias, const OptionalTensor& running_mean,
-                                       const OptionalTensor& running_var,
+using ForwardSignature = ForwardResult(const at::Tensor& x, const OptionalTensor& residual,
+                                       const OptionalTensor& weight, const OptionalTensor& bias,
+                                       const OptionalTensor& running_mean, const OptionalTensor& running_var,
                                        const OptionalTensor& num_batches_tracked, bool training,
                                        std::optional<double> momentum, double eps, bool unbiased_running_var,
                                        at::IntArrayRef ndims, ActivationName activation,
-                                       std::optional<double> activation_param);
+                                       std::optional<double> activation_param, bool for_backward);
+// Over x; returns stats.
+using InplaceSignature = at::Tensor(const at::Tensor& x, const OptionalTensor& weight,
+                                    const OptionalTensor& bias, const OptionalTensor& running_mean,
+                                    const OptionalTensor& running_var,
+                                    const OptionalTensor& num_batches_tracked, bool training,
+                                    std::optional<double> momentum, double eps, bool unbiased_running_var,
+                                    at::IntArrayRef ndims, ActivationName activation,
+                                    std::optional<double> activation_param, bool for_backward);
 using BackwardSignature = BackwardResult(const at::Tensor& dy, const at::Tensor& x,
+                                         const OptionalTensor& residual, const OptionalTensor& mask,
                                          const OptionalTensor& weight, const OptionalTensor& bias,
                                          const at::Tensor& stats, bool training, ActivationName activation,
-                                         std::optional<double> activation_param,
-                                         std::array<bool, 3> output_mask);
+                                         std::optional<double> activation_param, bool from_output,
+                                         std::array<bool, 4> output_mask);
 
-// dense: the same for every device that has an engine.
-ForwardSignature batch_norm_dense, batch_norm_meta, batch_norm_autograd;
-BackwardSignature batch_norm_backward_dense, batch_norm_backward_meta, batch_norm_backward_autograd;
+ForwardSignature batch_norm_autograd;
+InplaceSignature batch_norm_inplace_autograd;
+BackwardSignature batch_norm_backward_autograd;
 
 // The operators as the dispatcher calls them: every mode and every key on the tensors has its say.
 const c10::TypedOperatorHandle<ForwardSignature>& forward_operator();
+const c10::TypedOperatorHandle<InplaceSignature>& inplace_operator();
 const c10::TypedOperatorHandle<BackwardSignature>& backward_operator();
 
 // The memory order the kernels see: channels last if x is dense in that order, else contiguous.
 enum class Layout : uint8_t { contiguous, channels_last };
+at::MemoryFormat memory_format_of(const at::Tensor& x);
 Extent extent_of(at::IntArrayRef sizes, Layout layout);
 Dtype dtype_of(at::ScalarType dtype);
 

@@ -52,16 +52,18 @@ Geometry make_geometry(const Extent& extent, Dtype dtype) {
 
 }  // namespace
 
-Traffic traffic(Pass pass) {
-  switch (pass) {
+Traffic traffic(const Problem& problem) {
+  const int64_t residual = problem.residual, mask = problem.mask,
+                dresidual = problem.residual || problem.mask;
+  switch (problem.pass) {
     case Pass::forward:
-      return {1, 1, 1};
+      return {1, 1 + residual, 1, mask};
     case Pass::inference:
-      return {0, 1, 1};
+      return {0, 1 + residual, 1, mask};
     case Pass::backward:
-      return {2, 2, 1};
-    case Pass::frozen_backward:
-      return {2, 1, 1};
+      return {2 + residual, 2 + residual, 1 + dresidual, 2 * mask};
+    case Pass::frozen_backward:  // the reduce writes dx as it goes
+      return {2 + residual, 0, 1 + dresidual, mask};
   }
   return {};
 }
@@ -73,11 +75,11 @@ Plan make_plan(const Problem& problem, const Machine& machine) {
   const int64_t element = size_of(problem.dtype);
   if (e.numel() == 0) {  // nothing to cut
     plan.slab_channels = e.channels;
-    plan.schedule = traffic(problem.pass).read_by_reduce == 0 ? Schedule::map : Schedule::fused;
+    plan.schedule = traffic(problem).read_by_reduce == 0 ? Schedule::map : Schedule::fused;
     return plan;
   }
   const int64_t tensor_bytes = e.numel() * element;
-  const Traffic tensors = traffic(problem.pass);
+  const Traffic tensors = traffic(problem);
   const int64_t kept = std::max<int64_t>(tensors.read_by_reduce, 1);  // tensors between the two passes
 
   // Slab width. Channels are grouped until a slab reads kRunBytes in one go, then as cache allows.
@@ -137,9 +139,12 @@ Plan make_plan(const Problem& problem, const Machine& machine) {
   const int64_t reads = plan.schedule == Schedule::map ? tensors.read_by_map
                         : cached                       ? std::max(tensors.read_by_reduce, tensors.read_by_map)
                                                        : tensors.read_by_reduce + tensors.read_by_map;
-  plan.bytes_moved = (reads + tensors.written) * tensor_bytes;
+  const int64_t mask = mask_bytes(e.numel());
+  plan.bytes_moved =
+      (reads + tensors.written) * tensor_bytes + (cached ? problem.mask : tensors.mask_passes) * mask;
   plan.bytes_minimum =
-      (std::max(tensors.read_by_reduce, tensors.read_by_map) + tensors.written) * tensor_bytes;
+      (std::max(tensors.read_by_reduce, tensors.read_by_map) + tensors.written) * tensor_bytes +
+      problem.mask * mask;
 
   // Past the cache only what would not stay there: the call's tensors together exceed it. Whole lines only: a
   // line that is half streamed, half cached costs several times what streaming saves.

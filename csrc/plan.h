@@ -26,6 +26,23 @@ struct Problem {
   Extent extent;
   Dtype dtype = Dtype::float32;
   Pass pass = Pass::forward;
+  bool residual = false;   // is read: forward to add it, backward to compute the activation's input again
+  bool mask = false;       // is written by forward, read by backward
+  bool sums = true;        // backward: dweight or dbias is wanted
+  bool input_grad = true;  // backward: dx is wanted
+  bool from_input = true;  // backward: finds dz with x, not with dy and a mask alone
+
+  constexpr Problem(const Extent& of, Dtype type, Pass kind, bool with_residual = false,
+                    bool with_mask = false)
+      : extent(of), dtype(type), pass(kind), residual(with_residual), mask(with_mask) {}
+  Problem(const ForwardArgs& args, Pass kind)
+      : Problem(args.extent, args.dtype, kind, args.residual != nullptr, args.mask != nullptr) {}
+  Problem(const BackwardArgs& args, Pass kind)
+      : Problem(args.extent, args.dtype, kind, args.residual != nullptr, args.mask != nullptr) {
+    sums = args.dweight != nullptr || args.dbias != nullptr;
+    input_grad = args.dx != nullptr;
+    from_input = args.activation && args.mask == nullptr;
+  }
 };
 
 struct Machine {
@@ -64,11 +81,11 @@ struct Plan {
 
 Plan make_plan(const Problem& problem, const Machine& machine);
 
-// What a pass moves, in tensors.
+// What a pass moves, in tensors, and how often the mask.
 struct Traffic {
-  int64_t read_by_reduce, read_by_map, written;
+  int64_t read_by_reduce, read_by_map, written, mask_passes;
 };
-Traffic traffic(Pass pass);
+Traffic traffic(const Problem& problem);
 
 // A single channel is one run whatever the layout says.
 constexpr Extent one_run_if_one_channel(const Extent& e) {

@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "checks.h"
 #include "cpu/launch.h"
 #include "cuda/launch.h"
 #include "engine_cuda.h"
@@ -28,8 +29,9 @@ Dtype dtype_named(const std::string& name) {
   throw py::value_error("expected dtype float32, float64, bfloat16 or float16, but got " + name);
 }
 
+// A forward pass with the batch's statistics is one of training: it leaves the mask that backward reads.
 Problem problem_of(const std::vector<int64_t>& shape, const std::string& dtype, const std::string& layout,
-                   bool training, bool backward) {
+                   bool training, bool backward, bool residual, const ActivationName& activation) {
   if (shape.size() < 2) throw py::value_error("expected a shape of at least 2 dimensions");
   for (const int64_t size : shape) {
     if (size < 0) throw py::value_error("expected sizes of 0 and more in shape");
@@ -41,19 +43,25 @@ Problem problem_of(const std::vector<int64_t>& shape, const std::string& dtype, 
   const auto order = layout == "contiguous" ? Layout::contiguous : Layout::channels_last;
   const auto pass = backward ? (training ? Pass::backward : Pass::frozen_backward)
                              : (training ? Pass::forward : Pass::inference);
-  return {extent_of(shape, order), dtype_named(dtype), pass};
+  const Activation kind = require_activation(activation, std::nullopt).kind;
+  const bool mask = residual && is_masked(kind) && (training || backward);
+  const bool read = residual && (!backward || (kind != Activation::none && !mask));
+  return {extent_of(shape, order), dtype_named(dtype), pass, read, mask};
 }
 
 Plan cpu_plan(const std::vector<int64_t>& shape, const std::string& dtype, const std::string& layout,
-              bool training, bool backward, std::optional<int> threads) {
+              bool training, bool backward, std::optional<int> threads, bool residual,
+              std::optional<std::string> activation) {
   const int used = threads.value_or(at::get_num_threads());
   if (used < 1) throw py::value_error("expected at least 1 thread, but got " + std::to_string(used));
-  return make_plan(problem_of(shape, dtype, layout, training, backward), cpu::machine(used));
+  return make_plan(problem_of(shape, dtype, layout, training, backward, residual, activation),
+                   cpu::machine(used));
 }
 
 cuda::Plan cuda_plan(const std::vector<int64_t>& shape, const std::string& dtype, const std::string& layout,
-                     bool training, bool backward, const cuda::Device& device) {
-  return cuda::make_plan(problem_of(shape, dtype, layout, training, backward), device);
+                     bool training, bool backward, const cuda::Device& device, bool residual,
+                     std::optional<std::string> activation) {
+  return cuda::make_plan(problem_of(shape, dtype, layout, training, backward, residual, activation), device);
 }
 
 cuda::Device described(int multiprocessors, double bandwidth, int64_t l2, int64_t shared_memory,
@@ -156,9 +164,9 @@ void bind_plans(py::module_& m) {
       .def_readonly("floor_seconds", &cuda::Plan::floor_seconds)
       .def("__repr__", cuda_plan_text);
   m.def("plan", cpu_plan, py::arg("shape"), py::arg("dtype"), py::arg("layout"), py::arg("training"),
-        py::arg("backward"), py::arg("threads"));
+        py::arg("backward"), py::arg("threads"), py::arg("residual"), py::arg("activation"));
   m.def("cuda_plan", cuda_plan, py::arg("shape"), py::arg("dtype"), py::arg("layout"), py::arg("training"),
-        py::arg("backward"), py::arg("device"));
+        py::arg("backward"), py::arg("device"), py::arg("residual"), py::arg("activation"));
   m.def("cuda_device", real_device, py::arg("index"));
 }
 

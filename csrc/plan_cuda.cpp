@@ -120,18 +120,35 @@ Tiling rows_map(const Extent& e, int lanes, const Device& device) {
   return t;
 }
 
+// Of what was asked for: traffic() is of all of it.
+Traffic wanted_traffic(const Problem& problem) {
+  if (!problem.sums && !problem.input_grad) return {};
+  Traffic tensors = traffic(problem);
+  if (problem.pass == Pass::frozen_backward && !problem.sums) {
+    tensors.read_by_map = tensors.read_by_reduce - int{!problem.from_input};
+    tensors.read_by_reduce = 0;
+  }
+  if (!problem.input_grad) {
+    tensors.written = tensors.read_by_map = 0;
+    tensors.mask_passes = problem.mask;
+  }
+  return tensors;
+}
+
 }  // namespace
 
 Plan make_plan(const Problem& problem, const Device& device, bool aligned) {
   Plan plan;
-  const Traffic tensors = traffic(problem.pass);
+  const Traffic tensors = wanted_traffic(problem);
   plan.extent = one_run_if_one_channel(problem.extent);
   plan.reduces = tensors.read_by_reduce > 0;
+  plan.maps = tensors.read_by_map > 0;
   const Extent& e = plan.extent;
   const int64_t element = size_of(problem.dtype);
   const int lanes = static_cast<int>(kVectorBytes / element);
   if (e.numel() == 0) {  // nothing to walk: one block counts the batch
     plan.reduces = false;
+    plan.maps = problem.pass == Pass::forward || problem.pass == Pass::inference;
     plan.extent = {0, e.channels, 1};
     plan.map.traversal = Traversal::rows;
     plan.map.threads = kWarp;
@@ -147,12 +164,15 @@ Plan make_plan(const Problem& problem, const Device& device, bool aligned) {
     plan.map = rows_map(e, lanes, device);
   }
 
-  const int64_t tensor_bytes = e.numel() * element;
+  const int64_t tensor_bytes = e.numel() * element, mask = problem.mask ? mask_bytes(e.numel()) : 0;
+  const int64_t again = std::min(tensors.read_by_reduce, tensors.read_by_map);
+  const int64_t mask_again = std::max<int64_t>(tensors.mask_passes - 1, 0) * mask;
   // The map walks backwards: what the reduce read last it finds in L2, of which a fifth goes to the output.
-  const int64_t kept = std::min(tensors.read_by_reduce * tensor_bytes, device.l2 * 4 / 5);
-  plan.bytes_moved = (tensors.read_by_reduce + tensors.read_by_map + tensors.written) * tensor_bytes - kept;
+  const int64_t kept = std::min(again * tensor_bytes + mask_again, device.l2 * 4 / 5);
+  plan.bytes_moved = (tensors.read_by_reduce + tensors.read_by_map + tensors.written) * tensor_bytes + mask +
+                     mask_again - kept;
   plan.bytes_minimum =
-      (std::max(tensors.read_by_reduce, tensors.read_by_map) + tensors.written) * tensor_bytes;
+      (std::max(tensors.read_by_reduce, tensors.read_by_map) + tensors.written) * tensor_bytes + mask;
   plan.floor_seconds = device.bandwidth > 0 ? static_cast<double>(plan.bytes_minimum) / device.bandwidth : 0;
   plan.streaming_stores = tensor_bytes > device.l2 / 2;
   if (plan.reduces) plan.scratch_bytes = (plan.reduce.chunks + 1) * e.channels * int64_t{sizeof(double)} * 2;

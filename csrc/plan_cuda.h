@@ -22,7 +22,8 @@ struct Device {
   double bandwidth = 0;              // bytes per second to and from memory
 };
 
-// streaming: a kernel that reduces, a kernel that maps.
+// streaming: a kernel that reduces, a kernel that maps. With fixed statistics one of them does: that which
+// reduces writes dx as well, where dweight or dbias is wanted.
 enum class Engine : uint8_t { streaming };
 
 // How one kernel walks the tensor.

@@ -151,16 +151,21 @@ def composition_error(
     x: Array,
     mean: Array,
     scale: Array,
-    activation: str,
+    activation: str | None,
     activation_param: float | None,
     dtype: torch.dtype,
+    residual: Array | None = None,
 ) -> Array:
-    """What torch's batch norm and activation, one after the other, may be off by beside `value_error`.
+    """What torch's batch norm, sum and activation, one after the other, may be off by beside `value_error`.
 
-    z is stored in between; and it is x * scale + shift, three roundings of terms that do not shrink with x - mean.
+    What is normalised is stored in between; it is x * scale + shift, three roundings of terms that do not shrink with
+    x - mean. With a residual the sum is stored as well.
     """
     p = reference_activations.parameter(activation, activation_param)
     terms = np.abs(x * scale) + np.abs(mean * scale)
     stored = unit(dtype) * np.abs(z) + step(dtype)
-    bound: Array = BOUNDS[activation].steepness(p) * (stored + 3 * unit(arithmetic(dtype)) * terms)
+    if residual is not None:
+        stored = stored + unit(dtype) * np.abs(z - residual) + step(dtype)
+    steepness = 1.0 if activation is None else BOUNDS[activation].steepness(p)
+    bound: Array = steepness * (stored + 3 * unit(arithmetic(dtype)) * terms)
     return bound

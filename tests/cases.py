@@ -116,6 +116,9 @@ class Active:
 # Every one, and the two parameters: a slope above one, and an alpha that leaves a kink at zero.
 ACTIVE = [*map(Active, ACTIVATIONS), Active("leaky_relu", 1.25), Active("elu", 0.5)]
 
+# What a layer may write over its input with: whose output gives the input back.
+INVERTIBLE = [None, *(active for active in ACTIVE if active.activation in ("leaky_relu", "elu"))]
+
 # Small, with a channel count and an inner size that no vector width divides.
 SHAPE_OF_RANK = {2: (12, 5), 3: (4, 5, 7), 4: (3, 5, 4, 5), 5: (2, 5, 3, 4, 3)}
 

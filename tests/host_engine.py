@@ -6,9 +6,10 @@ import struct
 import subprocess
 import tempfile
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -26,6 +27,7 @@ SOURCES = [
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 # As in csrc/activation.h.
 NUMBERED = ["none", *ACTIVATIONS]
+MASKED = ["relu", "leaky_relu", "relu6"]  # is_masked
 ORDERS = ["ascending", "descending", "random"]
 
 # One launch of each kernel, of every type: (shape, layout). Rows of odd and of whole vectors, joined rows, short runs
@@ -59,11 +61,16 @@ class Fault:
     skip_barrier: int = -1
     early_arrival: bool = False
     displace_stores: int = 0
+    tear_atomics: bool = False
 
 
 @dataclass
 class HostCall:
-    """Forward and, unless `backward` is False, backward of a problem whose x is dense in an order kernels know."""
+    """Forward and, unless `backward` is False, backward of a problem whose x is dense in an order kernels know.
+
+    Forward leaves a mask where an activation has one and there is a residual, and backward uses it, unless `mask` is
+    False. An `inplace` problem has its output written over x, and backward goes by that.
+    """
 
     problem: Problem
     schedule: Schedule = Schedule()
@@ -71,11 +78,24 @@ class HostCall:
     backward: bool = True
     wanted: tuple[bool, bool, bool] = (True, True, True)  # dx, dweight, dbias
     shifts: tuple[int, int, int] = (0, 0, 0)  # elements off a boundary of 16 bytes: x, dy, outputs
+    residual_shifts: tuple[int, int] = (0, 0)  # the same: residual, dresidual
+    mask: bool = True
     counter: int | None = None
 
     @property
     def channels_last(self) -> bool:
         return not self.problem.x.is_contiguous()
+
+    @property
+    def masked(self) -> bool:
+        return self.mask and self.problem.residual is not None and self.problem.activation in MASKED
+
+    @property
+    def wants(self) -> list[bool]:
+        """dx, dweight, dbias, dresidual: the last beside dx, where it is not dy itself."""
+        p = self.problem
+        dresidual = self.wanted[0] and p.residual is not None and p.activation is not None
+        return [self.backward and want for want in (*self.wanted, dresidual)]
 
     def _bytes(self, tensor: Tensor) -> bytes:
         dense = tensor.movedim(1, -1) if tensor.dim() > 1 and self.channels_last else tensor
@@ -95,6 +115,7 @@ class HostCall:
             *extent,
             DTYPES.index(x.dtype),
             DTYPES.index(vector_dtype),
+            p.residual is not None,
             p.weight is not None,
             p.bias is not None,
             p.running_mean is not None,
@@ -102,9 +123,12 @@ class HostCall:
             p.batch,
             p.momentum is None,
             p.unbiased,
+            p.inplace,
+            self.masked,
             self.backward,
-            *(want and self.backward for want in self.wanted),
+            *self.wants,
             *self.shifts,
+            *self.residual_shifts,
             ORDERS.index(s.order),
             s.seed,
             s.resident_blocks,
@@ -116,7 +140,7 @@ class HostCall:
         ]
         doubles = [p.eps, p.momentum or 0.0, parameter(p.activation, p.activation_param)]
         head = struct.pack(f"{len(integers)}q{len(doubles)}d", *map(int, integers), *doubles)
-        tensors = [x, p.dy if self.backward else None, *vectors]
+        tensors = [x, p.dy if self.backward else None, p.residual, *vectors]
         counter = b"" if self.counter is None else struct.pack("q", self.counter)
         return head + b"".join(self._bytes(t) for t in tensors if t is not None) + counter
 
@@ -124,6 +148,7 @@ class HostCall:
 @dataclass
 class Result:
     y: Tensor
+    mask: Tensor | None
     stats: Tensor
     running_mean: Tensor | None
     running_var: Tensor | None
@@ -131,11 +156,20 @@ class Result:
     dx: Tensor | None
     dweight: Tensor | None
     dbias: Tensor | None
+    dresidual: Tensor | None
     launches: list[int]  # kernels of forward, of backward
 
     def bits(self) -> bytes:
-        tensors = [self.y, self.stats, self.running_mean, self.running_var, self.dx, self.dweight, self.dbias]
+        tensors = [
+            getattr(self, field.name) for field in fields(self) if field.name not in ("counter", "launches")
+        ]
         return b"".join(t.contiguous().view(torch.uint8).numpy().tobytes() for t in tensors if t is not None)
+
+    def passes(self) -> Tensor:
+        """The mask's bits, in the shape of y."""
+        assert self.mask is not None
+        bits = np.unpackbits(self.mask.numpy(), bitorder="little")
+        return torch.from_numpy(bits[: self.y.numel()]).as_strided(self.y.shape, self.y.stride()).bool()
 
 
 class _Reader:
@@ -162,9 +196,10 @@ class _Reader:
             return None if given is None else self.tensor([channels], given.dtype)
 
         grads = torch.float64 if x.dtype == torch.float64 else torch.float32
-        want = [wanted and call.backward for wanted in call.wanted]
+        want = call.wants
         return Result(
             y=like_x(),
+            mask=self.tensor([x.numel() // 32 * 4 + 8], torch.uint8) if call.masked else None,
             stats=self.tensor([2, channels], torch.float64),
             running_mean=vector(p.running_mean),
             running_var=vector(p.running_var),
@@ -172,6 +207,7 @@ class _Reader:
             dx=like_x() if want[0] else None,
             dweight=self.tensor([channels], grads) if want[1] else None,
             dbias=self.tensor([channels], grads) if want[2] else None,
+            dresidual=like_x() if want[3] else None,
             launches=self.tensor([2], torch.int64).tolist(),
         )
 
@@ -214,6 +250,7 @@ def check(call: HostCall, result: Result) -> None:
         (result.dx, p.check_input_grad),
         (result.dweight, p.check_weight_grad),
         (result.dbias, p.check_bias_grad),
+        (result.dresidual, p.check_residual_grad),
     ):
         if grad is not None:
             judge(grad)

@@ -27,7 +27,8 @@ from cases import (
     Dtypes,
     Layout,
 )
-from problem import make, numpy
+from judged import numpy
+from problem import make
 
 LARGE = (64, 32, 32, 32)
 # The rounding of y and of xhat at 5 is 2 * 2^-24 * 8 = 1e-6 at worst; as much again for scale, product and mean.

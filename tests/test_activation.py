@@ -31,7 +31,8 @@ from cases import (
     Layout,
     Mode,
 )
-from problem import Problem, make_active, numpy
+from judged import numpy
+from problem import Problem, make_active
 from test_ops import composed as elementary
 
 RELU, RELU6, SILU, GELU = Active("relu"), Active("relu6"), Active("silu"), Active("gelu")

@@ -28,8 +28,8 @@ from cases import (
     Dtypes,
     Mode,
 )
+from operators import BACKWARD, FORWARD, backward_arguments, forward_arguments
 from problem import make_active
-from test_ops import BACKWARD, FORWARD, backward_arguments, forward_arguments
 
 # Ours, torch's, and an input for both.
 PAIRS = {
@@ -192,7 +192,7 @@ def test_what_is_refused(case: str) -> None:
     calls: list[Callable[[], object]] = [
         lambda: bnext.BatchNorm1d(3, **given),
         lambda: batch_norm(x, mean, mean + 1, training=True, num_batches_tracked=counter, **given),
-        lambda: BACKWARD(x, x, None, None, stats, True, activation, param, [True] * 3),
+        lambda: BACKWARD(x, x, *[None] * 4, stats, True, activation, param, False, [True] * 3 + [False]),
     ]
     for call in calls:
         with pytest.raises(ValueError) as caught:
@@ -204,7 +204,7 @@ def test_what_is_refused(case: str) -> None:
 def test_the_backward_operator_checks_the_bias() -> None:
     x, stats = torch.ones(2, 3), torch.ones(2, 3, dtype=torch.float64)
     with pytest.raises(RuntimeError, match="bias should contain 3 elements not 2"):
-        BACKWARD(x, x, None, torch.ones(2), stats, True, "relu", None, [True] * 3)
+        BACKWARD(x, x, *[None] * 3, torch.ones(2), stats, True, "relu", None, False, [True] * 3 + [False])
 
 
 @pytest.mark.parametrize("mode", MODES, ids=str)

@@ -20,6 +20,7 @@ from bnext.functional import batch_norm
 OPERATOR = torch.ops.bnext.batch_norm.default
 NAMES = (
     "x",
+    "residual",
     "weight",
     "bias",
     "running_mean",
@@ -29,7 +30,7 @@ NAMES = (
     "momentum",
     "eps",
 )
-ORDER = (*NAMES, "unbiased_running_var", "ndims", "activation", "activation_param")
+ORDER = (*NAMES, "unbiased_running_var", "ndims", "activation", "activation_param", "for_backward")
 
 
 class Logged(Tensor):
@@ -47,6 +48,7 @@ def arguments(**changes: Any) -> dict[str, Any]:
     torch.manual_seed(1)
     given = {
         "x": torch.randn(4, 3),
+        "residual": None,
         "weight": nn.Parameter(torch.rand(3)),
         "bias": torch.rand(3),
         "running_mean": torch.zeros(3),
@@ -59,23 +61,27 @@ def arguments(**changes: Any) -> dict[str, Any]:
         "ndims": (2, 3),
         "activation": None,
         "activation_param": None,
+        "for_backward": False,
     }
     return given | changes
 
 
 def by_function(given: dict[str, Any]) -> Tensor:
     renamed = {("input" if k == "x" else "_ndims" if k == "ndims" else k): v for k, v in given.items()}
+    del renamed["for_backward"]
     return batch_norm(**renamed)
 
 
 TAKEN: dict[str, dict[str, Any]] = {
     "everything": {},
-    "no tensors": dict.fromkeys(ORDER[1:6]),
+    "no tensors": dict.fromkeys(ORDER[1:7]),
     "momentum None": {"momentum": None},
     "activation": {"activation": "gelu"},
+    "residual": {"residual": torch.linspace(-1, 1, 12).view(4, 3)},
+    "mask": {"residual": torch.ones(4, 3), "activation": "relu", "for_backward": True},
     "activation with a parameter": {"activation": "elu", "activation_param": 0.5},
     "inference": {"training": False, "unbiased_running_var": False, "ndims": ()},
-    "meta": {name: torch.ones(3, device="meta") for name in ORDER[1:5]}
+    "meta": {name: torch.ones(3, device="meta") for name in ORDER[2:6]}
     | {"x": torch.ones(4, 3, device="meta"), "num_batches_tracked": None},
 }
 
@@ -89,7 +95,7 @@ def test_direct_call_is_the_operator(case: str) -> None:
     assert y.requires_grad == want.requires_grad
     if not y.is_meta:
         torch.testing.assert_close(
-            (y, *list(ours.values())[1:6]), (want, *list(expected.values())[1:6]), rtol=0, atol=0
+            (y, *list(ours.values())[1:7]), (want, *list(expected.values())[1:7]), rtol=0, atol=0
         )
 
 
@@ -97,6 +103,7 @@ def test_direct_call_is_the_operator(case: str) -> None:
 DECLINED: dict[str, dict[str, Any]] = {
     "subclass": {"x": torch.ones(4, 3).as_subclass(Logged)},
     "subclass as weight": {"weight": torch.ones(3).as_subclass(Logged)},
+    "subclass as residual": {"residual": torch.ones(4, 3).as_subclass(Logged)},
     "list": {"ndims": [2, 3]},
     "size": {"ndims": torch.Size((2, 3))},
     "integer eps": {"eps": 1},
@@ -108,6 +115,8 @@ WRONG: dict[str, dict[str, Any]] = {
     "x, list": {"x": [[1.0, 2.0]]},
     "x, array": {"x": np.ones((4, 3), np.float32)},
     "weight, float": {"weight": 1.0},
+    "residual, float": {"residual": 1.0},
+    "residual, list": {"residual": [[1.0] * 3] * 4},
     "running_mean, list": {"running_mean": [0.0] * 3},
     "training, text": {"training": "yes"},
     "momentum, text": {"momentum": "0.1"},

@@ -199,10 +199,13 @@ def test_an_argument_of_backward_on_another_device(name: str, home: str) -> None
     x = torch.randn(4, 3, 2, device=home)
     stats = torch.ones(2, 3, dtype=torch.float64, device=home)
     vector = torch.ones(3, device=home)
-    given = {"dy": x.clone(), "x": x, "weight": vector, "bias": vector, "stats": stats}
+    given = {"dy": x.clone(), "x": x, "residual": None, "mask": None, "weight": vector, "bias": vector}
+    given["stats"] = stats
     given[name] = given[name].to("cpu" if home == DEVICE else DEVICE)
     with pytest.raises(RuntimeError, match=f"expected {name} on the input's device {home}"):
-        torch.ops.bnext.batch_norm_backward(*given.values(), True, None, None, [True, True, True])
+        torch.ops.bnext.batch_norm_backward(
+            *given.values(), True, None, None, False, [True, True, True, False]
+        )
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")

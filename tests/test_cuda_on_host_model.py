@@ -17,6 +17,7 @@ GOOD = [
     "fresh_memory",
     "local_arrays",
     "warp_exchange",
+    "shared_bits",
     "last_arrival",
     "deadlock",
     "divergence",
@@ -31,6 +32,7 @@ RACES = [
     "race_skipped_barrier",
     "race_early_arrival",
     "race_between_blocks",
+    "race_bits_read_too_early",
 ]
 OVERRUNS = ["overrun_block_memory", "overrun_displaced_store"]
 PHRASES = {"thread": "data race", "address": "heap-buffer-overflow"}

@@ -14,8 +14,9 @@ from torch import Tensor
 
 import tolerances
 from cases import DTYPES, EVAL, FLOAT16_WITH_FLOAT32, FLOAT32, LAYOUT, TRAIN, Dtypes, Mode, misaligned
+from judged import numpy
 from on_cuda import DEVICE, needs_cuda
-from problem import Problem, make, numpy
+from problem import Problem, make
 
 pytestmark = needs_cuda
 
@@ -117,7 +118,7 @@ def test_more_elements_than_32_bits_count(rows: int) -> None:
     if free_bytes() < needed:
         pytest.skip(f"needs {needed / 1e9:.0f} GB of the GPU's memory")
     x, dy = huge(rows, 1), huge(rows, 2)
-    y, stats = torch.ops.bnext.batch_norm(x, *[None] * 5, True, 0.1, 1e-5, True, [], None, None)
+    y, stats, _ = torch.ops.bnext.batch_norm(x, *[None] * 6, True, 0.1, 1e-5, True, [], None, None, False)
     mean = sum(part.sum(0) for (part,) in chunks(x)) / rows
     var = sum((part - mean).square().sum(0) for (part,) in chunks(x)) / rows
     invstd = (var + 1e-5).rsqrt()
@@ -129,8 +130,8 @@ def test_more_elements_than_32_bits_count(rows: int) -> None:
     bound = tolerances.running_var(variances, zero, variances, 1.0, torch.float64, x.dtype)
     tolerances.assert_within(stats[1].pow(-2) - 1e-5, variances, bound, "var")
 
-    dx, dweight, dbias = torch.ops.bnext.batch_norm_backward(
-        dy, x, None, None, stats, True, None, None, [True, True, True]
+    dx, dweight, dbias, _ = torch.ops.bnext.batch_norm_backward(
+        dy, x, *[None] * 4, stats, True, None, None, False, [True, True, True, False]
     )
     sum_dy, sum_dy_xhat, sum_sizes = (torch.zeros_like(mean) for _ in range(3))
     for part, gradient in chunks(x, dy):

@@ -139,15 +139,17 @@ def test_the_node_has_a_name() -> None:
     x, weight, bias = leaves()
     node = batch_norm(x, None, None, weight, bias, training=True).grad_fn
     assert node.name() == "bnext::BatchNormBackward"
-    assert [edge is not None for edge, _ in node.next_functions] == [True, True, True]
+    assert [edge is not None for edge, _ in node.next_functions] == [True, False, True, True]
 
 
 def test_only_the_statistics_are_used() -> None:
     """No gradient arrives at y: none leaves, and none is asked of the kernels."""
     x, weight, bias = leaves()
-    y, stats = torch.ops.bnext.batch_norm(x, weight, bias, *[None] * 3, True, 0.1, 1e-5, True, [], None, None)
+    y, stats, mask = torch.ops.bnext.batch_norm(
+        x, None, weight, bias, *[None] * 3, True, 0.1, 1e-5, True, [], None, None, False
+    )
     assert y.requires_grad
-    assert not stats.requires_grad
+    assert not stats.requires_grad and not mask.requires_grad
     undefined = torch._C._functions.UndefinedGrad()(y)
     assert torch.autograd.grad(undefined.sum(), [x, weight, bias], allow_unused=True) == (None, None, None)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -26,39 +27,8 @@ from cases import (
     Layout,
     Mode,
 )
+from operators import BACKWARD, FORWARD, INPLACE, backward_arguments, forward_arguments
 from problem import Problem, make
-
-FORWARD = torch.ops.bnext.batch_norm.default
-BACKWARD = torch.ops.bnext.batch_norm_backward.default
-
-
-def forward_arguments(problem: Problem, momentum: float | None = 0.1) -> tuple[Any, ...]:
-    counter = torch.tensor(2, device=problem.x.device) if problem.batch else None
-    return (
-        problem.x,
-        problem.weight,
-        problem.bias,
-        problem.running_mean,
-        problem.running_var,
-        counter,
-        problem.batch,
-        momentum,
-        problem.eps,
-        True,
-        [],
-        problem.activation,
-        problem.activation_param,
-    )
-
-
-def backward_arguments(
-    problem: Problem, mask: tuple[bool, bool, bool] = (True, True, True)
-) -> tuple[Any, ...]:
-    with torch.no_grad():
-        _, stats = FORWARD(*forward_arguments(problem))
-    p = problem
-    return p.dy, p.x, p.weight, p.bias, stats, p.batch, p.activation, p.activation_param, list(mask)
-
 
 OPCHECK_CASES = [
     ("nc", FLOAT32, "train", BOTH),
@@ -167,21 +137,21 @@ def test_statistics_returned(layout: str, device: str) -> None:
     """(2, C) in float64: the mean and 1 / sqrt(var + eps) that y was normalised with."""
     for mode in MODES:
         problem = make(SHAPE_OF_RANK[LAYOUT[layout].rank], LAYOUT[layout], FLOAT64, mode, device=device)
-        _, stats = FORWARD(*forward_arguments(problem))
+        _, stats, _ = FORWARD(*forward_arguments(problem))
         mean, var = (torch.from_numpy(values).to(device) for values in problem.statistics)
         torch.testing.assert_close(
             stats, torch.stack((mean, (var + problem.eps).rsqrt())), rtol=1e-13, atol=1e-14
         )
 
 
-@pytest.mark.parametrize("mask", [(a, b, c) for a in (0, 1) for b in (0, 1) for c in (0, 1)], ids=str)
+@pytest.mark.parametrize("wanted", list(itertools.product([False, True], repeat=3)), ids=str)
 @pytest.mark.parametrize("mode", MODES, ids=str)
-def test_output_mask(mode: Mode, mask: tuple[int, int, int], device: str) -> None:
+def test_output_mask(mode: Mode, wanted: tuple[bool, ...], device: str) -> None:
     problem = make((3, 5, 4, 5), LAYOUT["nchw"], BFLOAT16_WITH_FLOAT32, mode, device=device)
-    arguments = backward_arguments(problem, tuple(map(bool, mask)))
+    results = BACKWARD(*backward_arguments(problem, wanted))
     everything = BACKWARD(*backward_arguments(problem))
-    for wanted, result, full in zip(mask, BACKWARD(*arguments), everything, strict=True):
-        assert torch.equal(result, full) if wanted else result.numel() == 0
+    for want, result, full in zip((*wanted, False), results, everything, strict=True):
+        assert torch.equal(result, full) if want else result.numel() == 0
     assert everything[1].dtype == everything[2].dtype == torch.float32
 
 
@@ -190,7 +160,9 @@ def test_schemas() -> None:
     written = [argument.name for argument in FORWARD._schema.arguments if argument.is_write]
     assert written == ["running_mean", "running_var", "num_batches_tracked"]
     assert not any(argument.is_write for argument in BACKWARD._schema.arguments)
-    for op in (FORWARD, BACKWARD):
+    over = [argument.name for argument in INPLACE._schema.arguments if argument.is_write]
+    assert over == ["x", *written]
+    for op in (FORWARD, INPLACE, BACKWARD):
         assert torch.Tag.pt2_compliant_tag in op.tags
 
 
@@ -229,9 +201,13 @@ X, STATS = torch.ones(2, 3), torch.ones(2, 3, dtype=torch.float64)
 
 
 def backward(
-    dy: Tensor = X, x: Tensor = X, weight: Any = None, stats: Tensor = STATS, mask: Any = (True,) * 3
+    dy: Tensor = X,
+    x: Tensor = X,
+    weight: Any = None,
+    stats: Tensor = STATS,
+    wanted: Any = (True, True, True, False),
 ) -> Any:
-    return BACKWARD(dy, x, weight, None, stats, True, None, None, mask)
+    return BACKWARD(dy, x, None, None, weight, None, stats, True, None, None, False, wanted)
 
 
 # Called by hand, the operators get anything; there is no module before them.
@@ -266,13 +242,13 @@ BAD_CALLS: dict[str, tuple[type[Exception], str, Callable[[], object]]] = {
         lambda: backward(X[:, :0], X[:, :0], stats=STATS[:, :0]),
     ),
     "x, integer": (NotImplementedError, "not implemented for 'Long'", lambda: backward(X.long(), X.long())),
-    "mask": (RuntimeError, "size 3", lambda: backward(mask=[True, True])),
+    "output_mask": (RuntimeError, "size 4", lambda: backward(wanted=[True, True])),
     "ranks": (
         ValueError,
         r"expected 4D input \(got 2D",
-        lambda: FORWARD(X, *[None] * 5, True, 0.1, 1e-5, True, [4], None, None),
+        lambda: FORWARD(X, *[None] * 6, True, 0.1, 1e-5, True, [4], None, None, False),
     ),
-    "few arguments": (RuntimeError, "missing value for argument 'weight'", lambda: FORWARD(X)),
+    "few arguments": (RuntimeError, "missing value for argument 'residual'", lambda: FORWARD(X)),
 }
 
 

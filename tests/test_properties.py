@@ -1,4 +1,4 @@
-"""Random problems against the reference, and random nonsense against the checks.
+"""Random problems against the reference, and random plans.
 
 Examples are the same in every run (derandomize): a test suite that fails now and then is one that nobody believes.
 """
@@ -14,8 +14,17 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import bnext
-from bnext.functional import ACTIVATIONS
-from cases import CHANNELS_LAST, CHANNELS_LAST_3D, CONTIGUOUS, DTYPES, MODES, PARAMETERS, Layout
+from cases import (
+    ACTIVE,
+    CHANNELS_LAST,
+    CHANNELS_LAST_3D,
+    CONTIGUOUS,
+    DTYPES,
+    INVERTIBLE,
+    MODES,
+    PARAMETERS,
+    Layout,
+)
 from problem import Problem, make
 
 SETTINGS = settings(max_examples=300, deadline=None, derandomize=True, database=None)
@@ -79,6 +88,15 @@ def problems(draw: st.DrawFn) -> Problem:
     problem.eps = draw(st.sampled_from([1e-5, 1e-3, 1.0]))
     problem.momentum = draw(st.sampled_from([0.1, 1.0, 0.01]))
     problem.unbiased = draw(st.booleans())
+    active = draw(st.sampled_from([None, *ACTIVE]))
+    if active is not None:
+        problem.activation, problem.activation_param = active.activation, active.activation_param
+    over_itself = any(step == 0 and size > 1 for step, size in zip(problem.x.stride(), shape, strict=True))
+    if active in INVERTIBLE and not over_itself and draw(st.booleans()):
+        problem.inplace = True
+    elif draw(st.booleans()):
+        values = torch.randn(shape, generator=torch.Generator().manual_seed(23)).to(problem.x.dtype)
+        problem.residual = draw(layouts(len(shape))).arrange(values)
     return problem
 
 
@@ -95,126 +113,17 @@ def test_any_problem(problem: Problem) -> None:
     leaves = problem.require_grad()
     y = problem.forward()
     problem.check_output(y)
-    assert y.is_contiguous(memory_format=format_of(problem.x))
+    if problem.inplace:
+        assert y.stride() == problem.x.stride()
+    else:
+        assert y.is_contiguous(memory_format=format_of(problem.x))
     if problem.batch and problem.running_mean is not None:
         problem.check_running(problem.momentum)
     grads = torch.autograd.grad(y, leaves, problem.dy)
     assert grads[0].is_contiguous(memory_format=format_of(problem.x))
     for leaf, grad in zip(leaves, grads, strict=True):
-        leaf.grad = None if leaf is problem.x else grad
-    problem.check_input_grad(grads[0])
-    for name, check in (("weight", problem.check_weight_grad), ("bias", problem.check_bias_grad)):
-        if (tensor := getattr(problem, name)) is not None:
-            check(tensor.grad)
-
-
-activations = st.sampled_from([None, None, *ACTIVATIONS, "swish"])
-dtypes = st.sampled_from(
-    [torch.float32] * 6 + [torch.float64, torch.bfloat16, torch.int64, torch.bool, torch.complex64]
-)
-few = st.integers(0, 4)
-vectors = st.one_of(
-    st.none(),
-    st.builds(lambda shape, dtype: torch.ones(shape, dtype=dtype), st.just([3]), dtypes),
-    st.builds(lambda shape, dtype: torch.ones(shape, dtype=dtype), st.lists(few, max_size=2), dtypes),
-    st.just(torch.ones(1).expand(3)),
-    st.just(torch.ones(3, device="meta")),
-)
-inputs = st.builds(
-    lambda shape, dtype: torch.ones(shape, dtype=dtype),
-    st.one_of(st.lists(few, max_size=5), st.lists(few, max_size=3).map(lambda space: [2, 3, *space])),
-    dtypes,
-)
-REFUSALS = (ValueError, RuntimeError, NotImplementedError)
-
-
-def copies(*tensors: Tensor | None) -> list[Tensor]:
-    return [tensor.clone() for tensor in tensors if tensor is not None and not tensor.is_meta]
-
-
-@SETTINGS
-@given(
-    x=inputs,
-    tensors=st.tuples(vectors, vectors, vectors, vectors),
-    counter=st.sampled_from(
-        [None, torch.tensor(0), torch.tensor(0), torch.tensor(0.0), torch.tensor([0, 0])]
-    ),
-    training=st.booleans(),
-    momentum=st.sampled_from([None, 0.1, 0.0, math.nan, math.inf]),
-    eps=st.sampled_from([1e-5, 1e-5, 0.0, -1.0, math.nan]),
-    ndims=st.sampled_from([[], [], [2, 3], [4], [-1]]),
-    activation=activations,
-    activation_param=st.sampled_from([None, None, 0.1, math.nan]),
-)
-def test_any_call_of_the_forward_operator(
-    x: Tensor, tensors: Any, counter: Any, training: bool, **scalars: Any
-) -> None:
-    """A result of the right shape, or a refusal that has touched nothing."""
-    weight, bias, mean, var = tensors
-    mean, var = (None if t is None else t if t.is_meta or 0 in t.stride() else t.clone() for t in (mean, var))
-    counter = None if counter is None else counter.clone()
-    before = copies(mean, var, counter)
-    try:
-        y, stats = torch.ops.bnext.batch_norm(
-            x,
-            weight,
-            bias,
-            mean,
-            var,
-            counter,
-            training,
-            scalars["momentum"],
-            scalars["eps"],
-            True,
-            scalars["ndims"],
-            scalars["activation"],
-            scalars["activation_param"],
-        )
-    except REFUSALS:
-        for one, other in zip(before, copies(mean, var, counter), strict=True):
-            assert torch.equal(one, other)
-    else:
-        assert y.shape == x.shape
-        assert stats.shape == (2, x.shape[1])
-
-
-@SETTINGS
-@given(
-    dy=inputs,
-    x=inputs,
-    same=st.booleans(),
-    weight=vectors,
-    bias=vectors,
-    stats=st.one_of(
-        st.just(torch.ones(2, 3, dtype=torch.float64)),
-        st.lists(few, max_size=3).map(lambda shape: torch.ones(shape, dtype=torch.float64)),
-    ),
-    training=st.booleans(),
-    activation=activations,
-    activation_param=st.sampled_from([None, None, 0.1]),
-    mask=st.lists(st.booleans(), min_size=2, max_size=4),
-)
-def test_any_call_of_the_backward_operator(
-    dy: Tensor,
-    x: Tensor,
-    same: bool,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    stats: Tensor,
-    training: bool,
-    activation: str | None,
-    activation_param: float | None,
-    mask: list[bool],
-) -> None:
-    try:
-        dx, dweight, dbias = torch.ops.bnext.batch_norm_backward(
-            x if same else dy, x, weight, bias, stats, training, activation, activation_param, mask
-        )
-    except REFUSALS:
-        return
-    assert dx.shape == (x.shape if mask[0] else (0,))
-    for wanted, grad in zip(mask[1:], (dweight, dbias), strict=True):
-        assert grad.shape == ((x.shape[1],) if wanted else (0,))
+        leaf.grad = grad
+    problem.check_grads()
 
 
 @SETTINGS
@@ -225,6 +134,8 @@ def test_any_call_of_the_backward_operator(
     training=st.booleans(),
     backward=st.booleans(),
     threads=st.integers(1, 300),
+    residual=st.booleans(),
+    activation=st.sampled_from([None, "relu", "silu"]),
 )
 def test_any_plan(shape: list[int], layout: str, **options: Any) -> None:
     """Also for tensors that no memory holds: every channel and every position in a slab and a chunk, nothing twice."""

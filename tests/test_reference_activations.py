@@ -75,35 +75,43 @@ def test_none_is_the_reference_without() -> None:
     )
     for one, other in zip(
         reference_activations.backward(dy, x, *vectors, 1e-5, False),
-        reference.backward(dy, x, weight, mean, var, 1e-5, False),
+        (*reference.backward(dy, x, weight, mean, var, 1e-5, False), dy),
         strict=True,
     ):
         np.testing.assert_array_equal(one, other)
 
 
+@pytest.mark.parametrize("added", [False, True], ids=["bare", "residual"])
 @pytest.mark.parametrize("training", [True, False])
-@every_active
-def test_backward_is_the_slope_of_forward(active: Active, training: bool) -> None:
+@pytest.mark.parametrize("active", [None, *ACTIVE], ids=str)
+def test_backward_is_the_slope_of_forward(active: Active | None, training: bool, added: bool) -> None:
     """Against torch's composition: the differences of test_reference would now and then cross a kink."""
     random = np.random.default_rng(3)
-    x, dy = random.normal(size=(2, 6, 3, 2))
+    x, dy, residual = random.normal(size=(3, 6, 3, 2))
     weight, bias, mean, var = random.uniform(0.5, 2, size=(4, 3))
-    given = active.activation, active.activation_param
-    tensors = [torch.from_numpy(a).requires_grad_() for a in (x, weight, bias)]
+    given = (None, None) if active is None else (active.activation, active.activation_param)
+    tensors = [torch.from_numpy(a).requires_grad_() for a in (x, weight, bias, residual)]
     running = [torch.from_numpy(a.copy()) for a in (mean, var)]
-    z = torch.nn.functional.batch_norm(tensors[0], *running, *tensors[1:], training, 0.1, 1e-5)
-    y = active.of(z)
+    z = torch.nn.functional.batch_norm(tensors[0], *running, *tensors[1:3], training, 0.1, 1e-5)
+    z = z + tensors[3] if added else z
+    y = z if active is None else active.of(z)
     y.backward(torch.from_numpy(dy))
-    statistics = reference.statistics(x) if training else (mean, var)
-    forward = reference_activations.forward(x, weight, bias, *statistics, 1e-5, *given)
-    gradients = reference_activations.backward(dy, x, weight, bias, *statistics, 1e-5, training, *given)
+    vectors = (weight, bias, *(reference.statistics(x) if training else (mean, var)), 1e-5)
+    last = (*given, residual if added else None)
+    forward = reference_activations.forward(x, *vectors, *last)
+    *gradients, dresidual = reference_activations.backward(dy, x, *vectors, training, *last)
     near = {"rtol": 1e-12, "atol": 1e-13}
     np.testing.assert_allclose(forward, y.detach(), **near)
-    for gradient, tensor in zip(gradients, tensors, strict=True):
+    for gradient, tensor in zip(gradients, tensors[:3], strict=True):
         np.testing.assert_allclose(gradient, tensor.grad, **near)
+    if added:
+        np.testing.assert_allclose(dresidual, tensors[3].grad, **near)
 
 
 ERRORS: dict[str, Callable[[], object]] = {
+    "residual has shape": lambda: reference_activations.forward(
+        np.ones((2, 1)), None, None, [0], [1], 0, residual=[[1]]
+    ),
     "no activation is called swish": lambda: reference_activations.value(Z, "swish"),
     "relu has no parameter": lambda: reference_activations.slope(Z, "relu", 0.1),
     "None has no parameter": lambda: reference_activations.parameter(None, 0.1),

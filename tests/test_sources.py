@@ -1,7 +1,7 @@
 """The house rules that a reader relies on, read off the sources: who may include whom, how files begin and end.
 
     bnext/   modules -> functional -> the operators        (reference stands beside them and knows NumPy only)
-    csrc/    library -> direct_call, autograd, double_backward, ops, checks (tensors) -> engine (devices)
+    csrc/    library -> direct_call, autograd, nodes, double_backward, ops, calls, checks (tensors) -> engine (devices)
                      -> cpu/, cuda/ (loops) -> plan, plan_cuda, dispatch, formulas, args, storage (plain)
 
 An arrow points to what may be used; nothing points back, and nothing below the second arrow of csrc/ knows a tensor.
@@ -35,10 +35,13 @@ PLAIN = {
     "plan_cuda.cpp",
 }
 TENSOR_LEVEL = {
+    "calls.h",
     "checks.h",
     "ops.h",
     "ops.cpp",
+    "ops_meta.cpp",
     "autograd.cpp",
+    "nodes.h",
     "direct_call.h",
     "direct_call.cpp",
     "double_backward.h",

@@ -63,9 +63,21 @@ def affine(xhat: Array, weight: Array, bias: Array, mean: Array, invstd: Array, 
     return bound
 
 
+def added(z: Array, z_error: Array, dtype: torch.dtype) -> Array:
+    """Of z, the sum of a residual and what was off by `z_error`, before it is stored: one rounding."""
+    bound: Array = z_error + unit(arithmetic(dtype)) * np.abs(z)
+    return bound
+
+
 def output(y: Array, z_error: Array, dtype: torch.dtype) -> Array:
     """Of y, z stored: what `affine` or an activation's `value_error` says, and one rounding."""
     return _stored(y, dtype) + z_error
+
+
+def _product_error(a: Array, a_error: Array | float, b: Array, b_error: Array | float) -> Array:
+    """Of a * b, each of them off."""
+    bound: Array = np.abs(a) * b_error + a_error * (np.abs(b) + b_error)
+    return bound
 
 
 def input_grad(
@@ -78,20 +90,24 @@ def input_grad(
     batch: bool,
     dtype: torch.dtype,
     dy_error: Array | float = 0.0,
+    xhat_error: Array | float = 0.0,
 ) -> Array:
     """Of dx = scale * (dy - mean(dy) - xhat * mean(dy * xhat)), or scale * dy without `batch`.
 
-    `scale` is weight * invstd. `dy_error`: how far off dy is already (it is dz before an activation); dx is linear.
+    `scale` is weight * invstd. `dy_error`: how far off dy is already (it is dz before an activation); dx is linear in
+    it. `xhat_error`: the same of xhat where it is not computed from x.
     """
     size, carried = np.abs(dy), np.broadcast_to(np.abs(dy_error), dy.shape)
     if batch and dx.size:
         axes = (0, *range(2, dx.ndim))
         slope = np.abs(dy * xhat).mean(axes, keepdims=True)
         size = size + np.abs(dy).mean(axes, keepdims=True) + (np.abs(xhat) + 1) * slope
+        slope_error = _product_error(dy, carried, xhat, xhat_error).mean(axes, keepdims=True)
         carried = (
             carried
             + carried.mean(axes, keepdims=True)
-            + np.abs(xhat) * (carried * np.abs(xhat)).mean(axes, keepdims=True)
+            + (np.abs(xhat) + xhat_error) * slope_error
+            + xhat_error * np.abs((dy * xhat).mean(axes, keepdims=True))
         )
         # A wrong mean shifts xhat.
         lost = (
@@ -119,13 +135,18 @@ def weight_grad(
     stored: torch.dtype,
     dtype: torch.dtype,
     dy_error: Array | float = 0.0,
+    xhat_error: Array | float = 0.0,
 ) -> Array:
-    """Of dweight = sum(dy * xhat), for input of `dtype` and a gradient `stored` in another; `dy_error` as above."""
+    """Of dweight = sum(dy * xhat), for input of `dtype` and a gradient `stored` in another; errors as above."""
     axes = (0, *range(2, dy.ndim))
     shift = np.abs(dy).sum(axes)
     terms = np.abs(dy * xhat).sum(axes) + shift
     lost = 4 * unit(torch.float64) * np.abs(mean * invstd) * shift
-    carried = (np.broadcast_to(dy_error, dy.shape) * np.abs(xhat)).sum(axes)
+    carried = _product_error(dy, dy_error, xhat, xhat_error).sum(axes)
+    if dtype == torch.float64:
+        # The variance, as in ROUNDINGS, and the mean; those of smaller types are better known than they are.
+        variance = ROUNDINGS[torch.float64] - ROUNDINGS[torch.float32]
+        lost = lost + unit(dtype) * (variance * np.abs(dweight) + MEAN * np.abs(dy.sum(axes)))
     return _stored(dweight, stored) + unit(arithmetic(dtype)) * CHAIN * terms + lost + carried
 
 
@@ -136,6 +157,11 @@ def bias_grad(
     axes = (0, *range(2, dy.ndim))
     terms, carried = np.abs(dy).sum(axes), np.broadcast_to(dy_error, dy.shape).sum(axes)
     return _stored(dbias, stored) + unit(arithmetic(dtype)) * CHAIN * terms + carried
+
+
+def residual_grad(dz: Array, dtype: torch.dtype, dz_error: Array | float = 0.0) -> Array:
+    """Of dz, stored."""
+    return _stored(dz, dtype) + dz_error
 
 
 def running_mean(

@@ -23,7 +23,7 @@ from benchmarks.gpu import device as gpu
 from benchmarks.gpu import results, timing
 from benchmarks.gpu.classes import HOST, all_cases, is_compiled
 from benchmarks.gpu.judge import share_of_floor
-from benchmarks.measure import disagreements, reference
+from benchmarks.measure import disagreements, reference, settled
 from benchmarks.measure import measure as on_the_hosts_clock
 from benchmarks.shapes import Case
 
@@ -53,12 +53,12 @@ class Bench:
         self, case: Case, sets: timing.Inputs, names: Sequence[str], result: results.Result
     ) -> list[peers.Subject]:
         """Those whose results are right; the others leave a note."""
-        x, dy = sets[0]
-        expected = reference(case, x.detach(), dy)
+        data = settled(case, sets[0])
+        expected = reference(case, data)
         subjects = []
         for name in names:
             try:
-                subject = timing.build(name, case, x, dy)
+                subject = timing.build(name, case, data)
                 with timing.backend(name):
                     wrong = disagreements(case, subject, expected)
             except peers.Unsupported as reason:
@@ -74,7 +74,7 @@ class Bench:
 
     def case(self, case: Case, names: Sequence[str]) -> results.Result:
         result = results.Result(case)
-        rotation = timing.rotation(case.bytes_moved, self.l2_bytes)
+        rotation = timing.rotation(case.bytes_minimum, self.l2_bytes)
         with torch.set_grad_enabled(case.operation != "eval"):
             sets = timing.inputs(case, rotation.sets, self.device)
             graphs = {}
@@ -90,8 +90,8 @@ class Bench:
 
     def host(self) -> None:
         """The eager step of a small layer, call by call and without waiting for the device."""
-        x, dy = timing.inputs(HOST, 1, self.device)[0]
-        subjects = [timing.build(name, HOST, x, dy) for name in ("bnext", "native")]
+        data = timing.inputs(HOST, 1, self.device)[0]
+        subjects = [timing.build(name, HOST, data) for name in ("bnext", "native")]
         measurements = on_the_hosts_clock(HOST, subjects, timing.ROUNDS, HOST_SECONDS)
         self.run.host = results.Result(HOST, {m.name: m.seconds for m in measurements})
         self.save()

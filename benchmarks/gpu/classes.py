@@ -1,8 +1,9 @@
 """What is timed on a GPU, as data: classes of cases, each with the bars it has to reach.
 
 A bar is a share of the one-read floor, the time in which the measured copy rate would move the bytes that the
-operation must move (shapes.TENSORS_MOVED), or microseconds where launches decide and bytes do not; and how many
-times faster than torch's native kernels. All of it is kernel time, replayed from a CUDA graph, with a cold L2.
+operation must move (shapes.Variant), or microseconds where launches decide and bytes do not; how many times
+faster than torch's native kernels, of which a variant of several layers calls each; and where it is the peer to
+beat, than torch.compile. All of it is kernel time, replayed from a CUDA graph, with a cold L2.
 """
 
 from __future__ import annotations
@@ -18,11 +19,15 @@ Member = tuple[Shape, str, str, int]
 
 @dataclass(frozen=True)
 class Bar:
-    """At least this `share` of the floor, or at most these `microseconds`; at least `native` times faster."""
+    """At least this `share` of the floor, or at most these `microseconds`; at least `native` times faster.
+
+    `compiled`: as many times faster than torch.compile, on the cases that are compiled.
+    """
 
     native: float
     share: float | None = None
     microseconds: float | None = None
+    compiled: float | None = None
 
     def __post_init__(self) -> None:
         assert (self.share is None) != (self.microseconds is None)
@@ -36,13 +41,20 @@ class Class:
     members: tuple[Member, ...]
     bars: dict[str, Bar]  # by operation
     summed: bool = False
+    variant: str = "bn"
 
     def cases(self, operation: str) -> list[Case]:
-        return [Case(self.name, operation, *member) for member in self.members]
+        return [Case(self.name, operation, *member, variant=self.variant) for member in self.members]
 
 
 def _network(batch: int, dtype: str, layout: str) -> tuple[Member, ...]:
     return tuple((shape, dtype, layout, times) for shape, times in resnet50(batch))
+
+
+def _block_ends(batch: int, dtype: str, layout: str) -> tuple[Member, ...]:
+    """Where a ResNet-50 adds: the last batch norm of each of its 16 blocks, channels, side and times."""
+    ends = ((256, 56, 3), (512, 28, 4), (1024, 14, 6), (2048, 7, 3))
+    return tuple(((batch, c, side, side), dtype, layout, times) for c, side, times in ends)
 
 
 CLASSES = (
@@ -85,6 +97,17 @@ CLASSES = (
         {"forward": Bar(2.0, share=0.60), "backward": Bar(2.0, share=0.55)},
         summed=True,
     ),
+    # The same network's 16 calls of batch norm, sum and ReLU, 26 to 206 MB; the residual needs its gradient.
+    Class(
+        "ResNet-50 b128 BN+add+ReLU NHWC bfloat16",
+        _block_ends(128, "bfloat16", "channels_last"),
+        {
+            "forward": Bar(3.0, share=0.75, compiled=1.2),
+            "backward": Bar(2.5, share=0.70, compiled=1.2),
+        },
+        summed=True,
+        variant="bn_add_relu",
+    ),
     # Rows of 128 bytes, far more of them than stay on chip: x is read twice.
     Class(
         "narrow 16-bit",
@@ -117,6 +140,7 @@ COMPILED: dict[str, tuple[Shape, ...]] = {
     "mid NHWC 16-bit": ((128, 1024, 14, 14),),
     "ResNet-50 b128 NHWC bfloat16": ((128, 256, 56, 56),),
     "ResNet-50 b128 NCHW float32": ((128, 128, 28, 28),),
+    "ResNet-50 b128 BN+add+ReLU NHWC bfloat16": ((128, 256, 56, 56), (128, 1024, 14, 14)),
     "narrow 16-bit": ((1048576, 64),),
     "eval": ((128, 64, 56, 56),),
 }

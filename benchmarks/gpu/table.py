@@ -31,10 +31,11 @@ COLUMNS = (
 NUMBERS = COLUMNS[3:11]
 LEGEND = (
     "Kernel time of one call, replayed from a CUDA graph over inputs that are not in L2. GB/s and the share of the "
-    "device's copy rate are of the bytes that the operation must move: forward and eval 2 tensors, backward 3. "
-    "x: how many times faster than torch's native kernels, cuDNN (`native` where torch would not take it) and "
-    "torch.compile (of a part of the cases). Bars of a network are for the sum of its calls, others for the worst "
-    "case."
+    "device's copy rate are of the bytes that the operation must move: forward and eval 2 tensors, backward 3; with "
+    "a residual and a ReLU 3 and 4, and a bit per element for the mask between them. x: how many times faster than "
+    "torch's native kernels (separate calls where the layer is several), cuDNN (`native` where torch would not take "
+    "it) and torch.compile (of a part of the cases, and its bar for that part). Bars of a network are for the sum of "
+    "its calls, others for the worst case."
 )
 
 
@@ -51,11 +52,13 @@ def _peer(result: Result, name: str) -> str:
 
 def _bar_text(bar: Bar) -> str:
     time = f"<= {bar.microseconds:g} us" if bar.share is None else f">= {bar.share:.0%}"
-    return f"{time}; >= {bar.native:.1f}x"
+    compiled = "" if bar.compiled is None else f"; >= {bar.compiled:.1f}x compile"
+    return f"{time}; >= {bar.native:.1f}x{compiled}"
 
 
 def _class_row(group: Class, operation: str, bar: Bar, run: Run) -> list[str]:
     found = figures(group, operation, run)
+    words = verdicts(bar, found)
     in_time = bar.share is None  # the longest time of several shapes says something only where it has a bar
     return [
         f"**{group.name}**, {'sum' if group.summed else 'worst'}",
@@ -68,9 +71,9 @@ def _class_row(group: Class, operation: str, bar: Bar, run: Run) -> list[str]:
         "" if in_time else _number(found.share, "{:.1%}"),
         _number(found.native, "{:.2f}"),
         "",
-        "",
+        "" if bar.compiled is None else _number(found.compiled, "{:.2f}"),
         _bar_text(bar),
-        "; ".join(dict.fromkeys(verdicts(bar, found))),  # one word where both are the same
+        words[0] if len(set(words)) == 1 else "; ".join(words),
     ]
 
 
@@ -87,7 +90,7 @@ def _case_row(case: Case, run: Run) -> list[str]:
     return [
         *start,
         f"{seconds * 1e6:.2f}",
-        f"{case.bytes_moved / seconds / 1e9:.0f}",
+        f"{case.bytes_minimum / seconds / 1e9:.0f}",
         _number(share, "{:.1%}"),
         *(_peer(result, name) for name in ("native", "cudnn", "compile")),
         "",
@@ -130,7 +133,8 @@ def rows(run: Run) -> list[list[str]]:
 def missed(run: Run) -> list[str]:
     """The bars that were measured and missed, in words."""
     return [
-        f"{row[0].replace('*', '')} {row[1]}: {row[7] or row[5] + ' us'} and {row[8]}x, bar {row[11]}"
+        f"{row[0].replace('*', '')} {row[1]}: {row[7] or row[5] + ' us'} and {row[8]}x"
+        f"{', ' + row[10] + 'x compile' if row[10] else ''}, bar {row[11]}"
         for row in rows(run)
         if MISSED in row[12].split("; ")
     ]

@@ -1,6 +1,6 @@
 """Kernel time of one case on a GPU: every implementation replayed from a CUDA graph, interleaved round by round.
 
-A graph holds many calls in a row, each on the next of several sets of x and dy and with outputs of its own, so that
+A graph holds many calls in a row, each on the next of several sets of tensors and with outputs of its own, so that
 no call finds in L2 what an earlier one of the graph left there: between two calls on one set lie at least three L2
 caches of other data. Rotation rather than a flush between calls, because a flush inside the graph would have to be
 timed and subtracted, and because a rotation also makes every write-back of y be paid for by the calls that follow.
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import peers
-from benchmarks.peers import Subject
+from benchmarks.peers import Data, Subject
 from benchmarks.shapes import Case
 
 SETS = 128  # at most: of tiny cases
@@ -33,7 +33,7 @@ WARM_UP_CALLS = 3
 # What an implementation is called here, and in peers.py. native and cudnn are torch's layer with either backend.
 IMPLEMENTATIONS = {"bnext": "bnext", "native": "eager", "cudnn": "eager", "compile": "compile"}
 
-Inputs = Sequence[tuple[Tensor, Tensor]]
+Inputs = Sequence[Data]
 
 
 @dataclass(frozen=True)
@@ -44,14 +44,15 @@ class Rotation:
     calls: int
 
 
-def rotation(bytes_moved: int, l2_bytes: int) -> Rotation:
-    sets = min(1 + math.ceil(L2_BETWEEN * l2_bytes / bytes_moved), SETS)
-    calls = min(max(math.ceil(GRAPH_BYTES / bytes_moved), sets), SETS)
+def rotation(call_bytes: int, l2_bytes: int) -> Rotation:
+    """For calls that move so much at least."""
+    sets = min(1 + math.ceil(L2_BETWEEN * l2_bytes / call_bytes), SETS)
+    calls = min(max(math.ceil(GRAPH_BYTES / call_bytes), sets), SETS)
     return Rotation(sets, math.ceil(calls / sets) * sets)
 
 
-def inputs(case: Case, sets: int, device: str) -> list[tuple[Tensor, Tensor]]:
-    """x and dy, made on the device; each channel of x has its own mean and its own spread, as in peers.data."""
+def inputs(case: Case, sets: int, device: str) -> list[Data]:
+    """Made on the device; each channel of x has its own mean and its own spread, as in peers.data."""
     generator = torch.Generator(device).manual_seed(0)
     per_channel = (1, -1) + (1,) * (len(case.shape) - 2)
 
@@ -61,13 +62,17 @@ def inputs(case: Case, sets: int, device: str) -> list[tuple[Tensor, Tensor]]:
     def place(tensor: Tensor) -> Tensor:
         return tensor.to(case.torch_dtype).contiguous(memory_format=case.memory_format)
 
-    def pair() -> tuple[Tensor, Tensor]:
+    def one() -> Data:
         mean = random_values(case.shape[1]).view(per_channel)
         std = (random_values(case.shape[1]).abs() + 0.5).view(per_channel)
         x = place(random_values(*case.shape).mul_(std).add_(mean))
-        return x.requires_grad_(case.operation != "eval"), place(random_values(*case.shape))
+        dy = place(random_values(*case.shape))
+        made = Data(x, dy, place(random_values(*case.shape)) if case.residual else None)
+        for tensor in made.inputs:
+            tensor.requires_grad_(case.operation != "eval")
+        return made
 
-    return [pair() for _ in range(sets)]
+    return [one() for _ in range(sets)]
 
 
 def backend(name: str) -> AbstractContextManager[None]:
@@ -79,7 +84,7 @@ def backend(name: str) -> AbstractContextManager[None]:
 
 def takes_cudnn(case: Case, x: Tensor) -> bool:
     """Whether torch would call cuDNN for the case."""
-    module = peers.eager_module(case).to(x.device)
+    module = peers.norm_module(case).to(x.device)
     select = getattr(torch._C, "_select_batch_norm_backend", None)
     if select is None:  # what torch's Normalization.cpp decides by, as far as these cases differ in it
         return x.dim() > 2 and x.dtype != torch.bfloat16 and x.numel() < 2**31
@@ -90,18 +95,19 @@ def takes_cudnn(case: Case, x: Tensor) -> bool:
         )
 
 
-def build(name: str, case: Case, x: Tensor, dy: Tensor) -> Subject:
+def build(name: str, case: Case, data: Data) -> Subject:
     """The implementation on one set; raises peers.Unsupported."""
-    if name == "cudnn" and not takes_cudnn(case, x):
+    if name == "cudnn" and not takes_cudnn(case, data.x):
         raise peers.Unsupported("native")
-    subject = peers.build(IMPLEMENTATIONS[name], case, x, dy)
+    subject = peers.build(IMPLEMENTATIONS[name], case, data)
     subject.name = name
     return subject
 
 
-def _gradients(subject: Subject, y: Tensor, x: Tensor, dy: Tensor) -> tuple[Tensor, ...]:
+def _gradients(subject: Subject, y: Tensor, data: Data) -> tuple[Tensor, ...]:
     assert subject.module is not None
-    return torch.autograd.grad(y, (x, *subject.module.parameters()), dy, retain_graph=True)
+    wanted = (*data.inputs, *subject.module.parameters())
+    return torch.autograd.grad(y, wanted, data.dy, retain_graph=True)
 
 
 class Graph:
@@ -111,7 +117,7 @@ class Graph:
         self, subject: Subject, sets: Inputs, case: Case, calls: int, flush: Callable[[], object]
     ) -> None:
         self.calls, self.flush = calls, flush
-        order = [sets[call % len(sets)] for call in range(calls)]
+        order = [call % len(sets) for call in range(calls)]
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         self.graph = torch.cuda.CUDAGraph()
@@ -119,18 +125,18 @@ class Graph:
             # On the stream of the capture: backward runs on the stream of its forward.
             with torch.cuda.stream(stream):
                 for _ in range(WARM_UP_CALLS):
-                    y = subject.call(sets[0][0])
+                    y = subject.call(*sets[0].inputs)
                     if case.operation == "backward":
-                        _gradients(subject, y, *sets[0])
+                        _gradients(subject, y, sets[0])
                 if case.operation == "backward":
-                    ready = {id(x): subject.call(x) for x, _ in sets}
+                    ready = [subject.call(*data.inputs) for data in sets]
             torch.cuda.synchronize()
             with torch.cuda.graph(self.graph, stream=stream):
                 # Kept, so that no call writes to the memory of another's result.
                 if case.operation == "backward":
-                    self.kept = [(ready[id(x)], _gradients(subject, ready[id(x)], x, dy)) for x, dy in order]
+                    self.kept = [(ready[i], _gradients(subject, ready[i], sets[i])) for i in order]
                 else:
-                    self.kept = [subject.call(x) for x, _ in order]
+                    self.kept = [subject.call(*sets[i].inputs) for i in order]
         self.sample()
 
     def sample(self) -> float:

@@ -1,4 +1,6 @@
-// Activations of sixteen lanes: as a policy of maps and reducers. Included once per instruction set.
+// Activations of sixteen lanes, as policies: of the forward map, and of what takes dy to dz in backward.
+//
+// Included once per instruction set, after bits.h.
 
 // Whole parts at a time, by the formulas of activation.h.
 template <class A>
@@ -25,27 +27,43 @@ __attribute__((noinline)) void call_activation_grad(Activation kind, A param, La
   dy = activation_grad_lanes(kind, param, dy, z);
 }
 
-template <class A>
+template <class T, class A>
+__attribute__((noinline)) void call_from_output(Activation kind, A param, Lanes<A>& dy, Lanes<A>& y) {
+  dy = generate<A>([&](auto i) __attribute__((always_inline)) {
+    return activation_grad_from_output(kind, param, dy.part[i.value], y.part[i.value]);
+  });
+  y = generate<A>([&](auto i) __attribute__((always_inline)) {
+    return activation_inverse<T, VectorElementary>(kind, param, y.part[i.value]);
+  });
+}
+
+// ---- forward: value(z) and, with kActive, passes(z), the mask's bits ----
+
+template <class T>
 struct Linear {
+  using A = opmath_t<T>;
   static constexpr bool kActive = false;
 
   explicit Linear(const Operands&) {}
   BNEXT_INLINE Lanes<A> value(const Lanes<A>& z) const { return z; }
 };
 
-template <class A>
+template <class T>
 struct Relu {
+  using A = opmath_t<T>;
   static constexpr bool kActive = true;
 
   explicit Relu(const Operands&) {}
   BNEXT_INLINE Lanes<A> value(const Lanes<A>& z) const { return activate_lanes(Activation::relu, A{}, z); }
-  BNEXT_INLINE Lanes<A> grad(const Lanes<A>& dy, const Lanes<A>& z) const {
-    return activation_grad_lanes(Activation::relu, A{}, dy, z);
+  BNEXT_INLINE uint32_t passes(const Lanes<A>& z) const {
+    return bits_where<T>(
+        z, [](auto v) __attribute__((always_inline)) { return activation_passes<A>(Activation::relu, v); });
   }
 };
 
-template <class A>
+template <class T>
 struct Called {
+  using A = opmath_t<T>;
   static constexpr bool kActive = true;
   Activation kind;
   A param;
@@ -56,8 +74,82 @@ struct Called {
     call_activate(kind, param, z);
     return z;
   }
-  BNEXT_INLINE Lanes<A> grad(Lanes<A> dy, const Lanes<A>& z) const {
+  BNEXT_INLINE uint32_t passes(const Lanes<A>& z) const {
+    return bits_where<T>(
+        z, [&](auto v) __attribute__((always_inline)) { return activation_passes<A>(kind, v); });
+  }
+};
+
+// ---- backward: dy to dz ----
+// kFromInput: apply(span, offset, dy, z), z = normalize(x). Else, with kActive, apply(span, offset, dy, x),
+// which may put something in the place of x. kResidual: dz may be stored as dresidual.
+
+template <class T>
+struct LinearSlope {
+  static constexpr bool kActive = false, kFromInput = false, kResidual = false;
+  explicit LinearSlope(const Operands&) {}
+};
+
+template <class T>
+struct ReluSlope {
+  using A = opmath_t<T>;
+  static constexpr bool kActive = true, kFromInput = true, kResidual = false;
+
+  explicit ReluSlope(const Operands&) {}
+  template <class Span>
+  BNEXT_INLINE void apply(Span, int64_t, Lanes<A>& dy, const Lanes<A>& z) const {
+    dy = activation_grad_lanes(Activation::relu, A{}, dy, z);
+  }
+};
+
+template <class T, bool Residual>
+struct CalledSlope {
+  using A = opmath_t<T>;
+  static constexpr bool kActive = true, kFromInput = true, kResidual = Residual;
+  Activation kind;
+  A param;
+  const T* residual;
+
+  explicit CalledSlope(const Operands& operands)
+      : kind(operands.activation.kind),
+        param(static_cast<A>(operands.activation.param)),
+        residual(static_cast<const T*>(operands.residual)) {}
+  template <class Span>
+  BNEXT_INLINE void apply(Span span, int64_t offset, Lanes<A>& dy, Lanes<A> z) const {
+    if constexpr (Residual) z = z + span.template load_lanes<A>(residual + offset);
     call_activation_grad(kind, param, dy, z);
-    return dy;
+  }
+};
+
+template <class T, bool Leaky>
+struct MaskSlope {
+  using A = opmath_t<T>;
+  static constexpr bool kActive = true, kFromInput = false, kResidual = true;
+  const void* mask;
+  A param;
+
+  explicit MaskSlope(const Operands& operands)
+      : mask(operands.mask_read), param(static_cast<A>(operands.activation.param)) {}
+  template <class Span>
+  BNEXT_INLINE void apply(Span span, int64_t offset, Lanes<A>& dy, const Lanes<A>&) const {
+    const Lanes<A> blocked = generate<A>([&](auto i) __attribute__((always_inline)) {
+      return blocked_grad(Leaky ? Activation::leaky_relu : Activation::relu, param, dy.part[i.value]);
+    });
+    dy = select<T>(read_bits(mask, span.begin(offset)), dy, blocked);
+  }
+};
+
+template <class T>
+struct OutputSlope {
+  using A = opmath_t<T>;
+  static constexpr bool kActive = true, kFromInput = false, kResidual = false;
+  Activation kind;
+  A param;
+
+  explicit OutputSlope(const Operands& operands)
+      : kind(operands.activation.kind), param(static_cast<A>(operands.activation.param)) {}
+  template <class Span>
+  BNEXT_INLINE void apply(Span, int64_t, Lanes<A>& dy, Lanes<A>& y) const {
+    call_from_output<T>(kind, param, dy, y);
   }
 };

@@ -1,6 +1,7 @@
 // Training and inference forward: which tiles, and the fold between them.
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <memory>
 
 #include "cpu/channels.h"
@@ -29,17 +30,23 @@ struct ForwardWork {
     const int64_t channels = args.extent.channels;
     coefficients.reset(new A[3 * channels]);
     operands.x = args.x;
+    operands.residual = args.residual;
     operands.out = args.y;
+    operands.mask = args.mask;
+    operands.streaming_stores = can_stream(plan, args.y);
     operands.activation = args.activation;
     for (int k = 0; k < 3; ++k) operands.coefficients[k] = coefficients.get() + k * channels;
     const auto find = instruction_set().find;
     if (args.batch_statistics) {
       center.reset(new double[channels]);
       operands.center = center.get();
-      reduce = find(Phase::moments, args.dtype, plan.geometry.traversal, false, ActivationClass::none);
+      reduce = find({Phase::moments, args.dtype, plan.geometry.traversal});
     }
-    map = find(Phase::normalize, args.dtype, plan.geometry.traversal, can_stream(plan, args.y),
-               class_of(args.activation));
+    map = find({.phase = Phase::normalize,
+                .dtype = args.dtype,
+                .traversal = plan.geometry.traversal,
+                .activation = class_of(args.activation),
+                .residual = args.residual != nullptr});
   }
 
   // A channel's first element, so that a constant channel sums to exactly zero; 0 if it is not finite.
@@ -124,6 +131,13 @@ struct ForwardWork {
   }
 };
 
+// What tiles do not write as whole words.
+void clear_mask(const ForwardArgs& args, const Geometry& geometry) {
+  const int64_t run = geometry.traversal == Traversal::planes ? geometry.extent.inner : geometry.row_length();
+  const int64_t whole = run % kMaskWord == 0 ? args.extent.numel() / kMaskWord * (kMaskWord / 8) : 0;
+  std::memset(static_cast<char*>(args.mask) + whole, 0, mask_bytes(args.extent.numel()) - whole);
+}
+
 }  // namespace
 
 void forward(const ForwardArgs& args, const Plan& plan) {
@@ -136,6 +150,7 @@ void forward(const ForwardArgs& args, const Plan& plan) {
     std::fill(args.invstd, args.invstd + args.extent.channels, 0.0);
     return;
   }
+  if (args.mask != nullptr) clear_mask(args, plan.geometry);
   dispatch(args.dtype, [&]<class T>() {
     ForwardWork<T> work(args, factor, plan);
     run(plan, work);

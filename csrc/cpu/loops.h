@@ -55,21 +55,15 @@ BNEXT_INLINE int64_t jump(const Extent& e, const Tile& tile) {
   return tile.channels() < e.channels && run_bytes <= kJumpBytes ? e.channels * e.inner : 0;
 }
 
-// f(span) for the elements from i on, fewer than sixteen, of a run of `length` at `offset`.
+// f(span) for the elements from i on, fewer than sixteen, of a run of `length` at `offset`. Written over its
+// input (in place) no element may be seen twice, nor one that others write.
 template <class F>
-BNEXT_INLINE void with_rest(int64_t length, int64_t i, int64_t offset, int64_t numel, F f) {
-  if (length >= kLanes) {
+BNEXT_INLINE void with_rest(int64_t length, int64_t i, int64_t offset, int64_t numel, bool in_place, F f) {
+  if (length >= kLanes && !in_place) {
     f(Last{length - i});
   } else {
-    f(First{length - i, offset + i + kLanes <= numel});
+    f(First{length - i, !in_place && offset + i + kLanes <= numel});
   }
-}
-
-// Of a reducer: the center, then scale and offset of the activation's input.
-template <class Math>
-BNEXT_INLINE Math reduce_coefficient(const Operands& operands, int k, int64_t channel) {
-  return k == 0 ? static_cast<Math>(operands.center[channel])
-                : static_cast<const Math*>(operands.coefficients[k + 1])[channel];
 }
 
 template <class Reducer>
@@ -87,9 +81,8 @@ void reduce_planes(const Operands& operands, const Geometry& geometry, const Til
       e, tile, [&](int64_t channel, int64_t offset, int64_t length) __attribute__((always_inline)) {
         double* first = lanes + (channel - tile.channel_begin) * 2 * kLanes;
         const auto c = coefficients_from<Math>(
-            [&](int k) __attribute__((always_inline)) {
-              return splat(reduce_coefficient<Math>(operands, k, channel));
-            },
+            [&](int k)
+                __attribute__((always_inline)) { return splat(Reducer::coefficient(operands, k, channel)); },
             typename CountTo<Reducer::kCoefficients>::type{});
         int64_t i = 0;
         while (i < length) {
@@ -102,7 +95,7 @@ void reduce_planes(const Operands& operands, const Geometry& geometry, const Til
           }
           if (length - i < kLanes) {
             if (i < length)
-              with_rest(length, i, offset, numel, [&](auto span) __attribute__((always_inline)) {
+              with_rest(length, i, offset, numel, false, [&](auto span) __attribute__((always_inline)) {
                 reducer.step(local, offset + i, c, span);
               });
             i = length;
@@ -117,13 +110,16 @@ void reduce_planes(const Operands& operands, const Geometry& geometry, const Til
     for (int lane = 0; lane < kLanes; ++lane) total += Sums{first[lane], first[kLanes + lane]};
     sums[k] += total;
   }
+  if (operands.streaming_stores) streaming_fence();
 }
 
 template <class Map>
 void map_planes(const Operands& operands, const Geometry& geometry, const Tile& tile, void*, Sums*) {
   using Math = typename Map::Math;
   const Map map(operands);
+  typename Map::Bits bits(operands.mask);
   const Extent e = geometry.extent;
+  const bool in_place = operands.out == operands.x;
   const int64_t numel = e.numel(), ahead = -jump<typename Map::Storage>(e, tile);
   for_each_run<true>(
       e, tile, [&](int64_t channel, int64_t offset, int64_t length) __attribute__((always_inline)) {
@@ -133,15 +129,17 @@ void map_planes(const Operands& operands, const Geometry& geometry, const Tile& 
             },
             typename CountTo<Map::kCoefficients>::type{});
         int64_t i = 0;
+        bits.seek(offset);
         for (; i + kLanes <= length; i += kLanes) {
           map.prefetch(offset + i + ahead);
-          map.step(offset + i, c, Full{});
+          map.step(bits, offset + i, c, Full{});
         }
         if (i < length)
-          with_rest(length, i, offset, numel,
-                    [&](auto span) __attribute__((always_inline)) { map.step(offset + i, c, span); });
+          with_rest(length, i, offset, numel, in_place,
+                    [&](auto span) __attribute__((always_inline)) { map.step(bits, offset + i, c, span); });
       });
-  if constexpr (Map::kStreaming) streaming_fence();
+  bits.finish();
+  if (operands.streaming_stores) streaming_fence();
 }
 
 // ---- rows ----
@@ -158,9 +156,8 @@ void reduce_rows(const Operands& operands, const Geometry& geometry, const Tile&
   constexpr int kCount = Reducer::kCoefficients;
   Math* const expanded = reinterpret_cast<Math*>(second + stride);  // [coefficient][column]
   for (int64_t j = 0; j < 2 * stride; ++j) first[j] = 0;
-  columns.lay_out<typename Reducer::Storage>(expanded, kCount, [&](int k, int64_t channel) {
-    return reduce_coefficient<Math>(operands, k, channel);
-  });
+  columns.lay_out<typename Reducer::Storage>(
+      expanded, kCount, [&](int k, int64_t channel) { return Reducer::coefficient(operands, k, channel); });
 
   // kRows rows of `width` columns, a strip of sixteen at a time. Hardware prefetchers do not follow that
   // order. Lanes past the last column go into padding that nobody reads.
@@ -192,10 +189,10 @@ void reduce_rows(const Operands& operands, const Geometry& geometry, const Tile&
   const int64_t end = tile.end < whole_rows ? tile.end : whole_rows;
   int64_t row = tile.begin;
   for (; row + kRowBlock <= end; row += kRowBlock) rows(Index<kRowBlock>{}, row, columns.count);
-  for (; row < end; ++row) rows(Index<1>{}, row, columns.count);
-  if (tile.end > whole_rows) rows(Index<1>{}, whole_rows, numel - whole_rows * columns.row_length);
+  for (; row < tile.end; ++row) rows(Index<1>{}, row, columns.width_of(row, whole_rows));
 
   columns.collapse(first, second, sums);
+  if (operands.streaming_stores) streaming_fence();
 }
 
 template <class Map>
@@ -203,6 +200,8 @@ void map_rows(const Operands& operands, const Geometry& geometry, const Tile& ti
   using Math = typename Map::Math;
   constexpr int kCount = Map::kCoefficients;
   const Map map(operands);
+  typename Map::Bits bits(operands.mask);
+  const bool in_place = operands.out == operands.x;
   const Columns columns(geometry, tile);
   const int64_t numel = geometry.extent.numel(), stride = padded(columns.count);
   Math* expanded = static_cast<Math*>(scratch);  // [coefficient][column]
@@ -213,23 +212,23 @@ void map_rows(const Operands& operands, const Geometry& geometry, const Tile& ti
   auto walk = [&](int64_t row, int64_t width) __attribute__((always_inline)) {
     const int64_t offset = row * columns.row_length + columns.begin;
     int64_t j = 0;
+    bits.seek(offset);
     auto step = [&](auto span) __attribute__((always_inline)) {
       const auto c = coefficients_from<Math>(
           [&](int k) __attribute__((always_inline)) { return load<Math>(expanded + k * stride + j); },
           typename CountTo<kCount>::type{});
-      map.step(offset + j, c, span);
+      map.step(bits, offset + j, c, span);
     };
     for (; j + kLanes <= width; j += kLanes) step(Full{});
-    if (j < width) step(First{width - j, offset + j + kLanes <= numel});
+    if (j < width) step(First{width - j, !in_place && offset + j + kLanes <= numel});
   };
   const int64_t whole_rows = numel / columns.row_length;
-  const int64_t end = tile.end < whole_rows ? tile.end : whole_rows;
-  if (tile.end > whole_rows) walk(whole_rows, numel - whole_rows * columns.row_length);
   const int64_t row_bytes = columns.count * static_cast<int64_t>(sizeof(typename Map::Storage));
   const int64_t stretch = kStretchBytes / row_bytes + 1;
-  for (int64_t stop = end; stop > tile.begin; stop -= stretch) {
+  for (int64_t stop = tile.end; stop > tile.begin; stop -= stretch) {
     for (int64_t row = stop - stretch > tile.begin ? stop - stretch : tile.begin; row < stop; ++row)
-      walk(row, columns.count);
+      walk(row, columns.width_of(row, whole_rows));
   }
-  if constexpr (Map::kStreaming) streaming_fence();
+  bits.finish();
+  if (operands.streaming_stores) streaming_fence();
 }

@@ -13,14 +13,14 @@ namespace bnext::cpu {
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 namespace v4 {
-TileFunction find(Phase, Dtype, Traversal, bool, ActivationClass);
+TileFunction find(const Kernel&);
 }
 namespace v3 {
-TileFunction find(Phase, Dtype, Traversal, bool, ActivationClass);
+TileFunction find(const Kernel&);
 }
 #endif
 namespace baseline {
-TileFunction find(Phase, Dtype, Traversal, bool, ActivationClass);
+TileFunction find(const Kernel&);
 }
 
 const InstructionSet kInstructionSets[] = {

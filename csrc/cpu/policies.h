@@ -1,9 +1,13 @@
-// What happens to sixteen elements: two reducers and two maps, templates over the storage type.
+// What happens to sixteen elements: reducers and maps, templates over the storage type.
 //
 // Included once per instruction set (see vector.h). A step takes the element offset and says by its Span how
 // many lanes count: Full, or First{n} where fewer than sixteen elements are left.
 
+// begin(offset): the element of the first lane. count() elements are new; fresh(bits) are their bits.
 struct Full {
+  BNEXT_INLINE int64_t begin(int64_t offset) const { return offset; }
+  BNEXT_INLINE int count() const { return kLanes; }
+  BNEXT_INLINE uint32_t fresh(uint32_t bits) const { return bits; }
   template <class A, class T>
   BNEXT_INLINE Lanes<A> load_lanes(const T* p) const {
     return load<A>(p);
@@ -12,9 +16,9 @@ struct Full {
   BNEXT_INLINE Lanes<A> keep(const Lanes<A>& v) const {
     return v;
   }
-  template <bool Streaming, class A, class T>
-  BNEXT_INLINE void store_lanes(T* p, const Lanes<A>& v) const {
-    store<Streaming>(p, v);
+  template <class A, class T>
+  BNEXT_INLINE void store_lanes(T* p, const Lanes<A>& v, bool streaming) const {
+    store(p, v, streaming);
   }
 };
 
@@ -22,6 +26,9 @@ struct First {
   int64_t n;
   bool readable;  // sixteen elements may be read
 
+  BNEXT_INLINE int64_t begin(int64_t offset) const { return offset; }
+  BNEXT_INLINE int count() const { return static_cast<int>(n); }
+  BNEXT_INLINE uint32_t fresh(uint32_t bits) const { return bits & ((1u << n) - 1); }
   template <class A, class T>
   BNEXT_INLINE Lanes<A> load_lanes(const T* p) const {
     return load_first<A>(p, n, readable);
@@ -30,8 +37,8 @@ struct First {
   BNEXT_INLINE Lanes<A> keep(const Lanes<A>& v) const {
     return keep_first<T>(v, n);
   }
-  template <bool Streaming, class A, class T>
-  BNEXT_INLINE void store_lanes(T* p, const Lanes<A>& v) const {
+  template <class A, class T>
+  BNEXT_INLINE void store_lanes(T* p, const Lanes<A>& v, bool) const {
     store_first(p, v, n);
   }
 };
@@ -41,6 +48,9 @@ struct First {
 struct Last {
   int64_t n;
 
+  BNEXT_INLINE int64_t begin(int64_t offset) const { return offset + n - kLanes; }
+  BNEXT_INLINE int count() const { return static_cast<int>(n); }
+  BNEXT_INLINE uint32_t fresh(uint32_t bits) const { return bits >> (kLanes - n); }
   template <class A, class T>
   BNEXT_INLINE Lanes<A> load_lanes(const T* p) const {
     return load<A>(p + n - kLanes);
@@ -49,8 +59,8 @@ struct Last {
   BNEXT_INLINE Lanes<A> keep(const Lanes<A>& v) const {
     return keep_last<T>(v, n);
   }
-  template <bool, class A, class T>
-  BNEXT_INLINE void store_lanes(T* p, const Lanes<A>& v) const {
+  template <class A, class T>
+  BNEXT_INLINE void store_lanes(T* p, const Lanes<A>& v, bool) const {
     store(p + n - kLanes, v);
   }
 };
@@ -60,7 +70,9 @@ struct LaneSums {
   Lanes<A> first, second;
 };
 
-// Reducers: coefficients 0 is the center, what is subtracted from x.
+// ---- reducers ----
+// coefficient(operands, k, channel): 0 is the center, what is subtracted from x.
+
 template <class T>
 struct MomentsReducer {
   using Storage = T;
@@ -68,9 +80,12 @@ struct MomentsReducer {
   static constexpr int kCoefficients = 1;
   const T* x;
 
-  BNEXT_INLINE void prefetch(int64_t offset) const { __builtin_prefetch(x + offset); }
-
   explicit MomentsReducer(const Operands& operands) : x(static_cast<const T*>(operands.x)) {}
+
+  BNEXT_INLINE static Math coefficient(const Operands& operands, int, int64_t channel) {
+    return static_cast<Math>(operands.center[channel]);
+  }
+  BNEXT_INLINE void prefetch(int64_t offset) const { __builtin_prefetch(x + offset); }
 
   template <class Span>
   BNEXT_INLINE void step(LaneSums<Math>& sums, int64_t offset, const Coefficients<Math, 1>& c,
@@ -81,31 +96,80 @@ struct MomentsReducer {
   }
 };
 
-// With an activation 1 and 2 are scale and offset of its input z, which is computed again, in the precision
-// of the forward pass: what the mask says must be what it said there.
-template <class T, class Act>
-struct GradSumsReducer {
-  using Storage = T;
-  using Math = std::conditional_t<Act::kActive, opmath_t<T>, summath_t<T>>;
-  static constexpr int kCoefficients = Act::kActive ? 3 : 1;
+// x, dy and dz, for all that backward does. What needs z computes it again, in the precision of the forward
+// pass: what the slope is must be what it was there.
+template <class T, class Slope>
+struct Gradient {
+  using Math = opmath_t<T>;
   const T* x;
   const T* dy;
-  Act act;
+  T* dx;
+  T* dresidual;
+  bool streaming;
+  Slope slope;
+
+  explicit Gradient(const Operands& operands)
+      : x(static_cast<const T*>(operands.x)),
+        dy(static_cast<const T*>(operands.dy)),
+        dx(static_cast<T*>(operands.out)),
+        dresidual(static_cast<T*>(operands.dresidual)),
+        streaming(operands.streaming_stores),
+        slope(operands) {}
 
   BNEXT_INLINE void prefetch(int64_t offset) const {
     __builtin_prefetch(x + offset);
     __builtin_prefetch(dy + offset);
   }
 
-  explicit GradSumsReducer(const Operands& operands)
-      : x(static_cast<const T*>(operands.x)), dy(static_cast<const T*>(operands.dy)), act(operands) {}
+  // c: center, then with kFromInput scale and offset of z.
+  template <class Span, class A>
+  BNEXT_INLINE void load(Lanes<A>& dz, Lanes<A>& value, int64_t offset, const Lanes<A>* c, Span span) const {
+    dz = span.template load_lanes<A>(dy + offset);
+    value = span.template load_lanes<A>(x + offset);
+    if constexpr (Slope::kFromInput) {
+      slope.apply(span, offset, dz, normalize(value, c[0], c[1], c[2]));
+    } else if constexpr (Slope::kActive) {
+      slope.apply(span, offset, dz, value);
+    }
+  }
+
+  template <class Span>
+  BNEXT_INLINE void store(int64_t offset, const Lanes<Math>& gradient, const Lanes<Math>& dz,
+                          Span span) const {
+    span.store_lanes(dx + offset, gradient, streaming);
+    if constexpr (Slope::kResidual) {
+      if (dresidual != nullptr) span.store_lanes(dresidual + offset, dz, streaming);
+    }
+  }
+};
+
+// With Writes and fixed statistics dx needs no sums: it is written as they are taken, its scale after the
+// other coefficients.
+template <class T, class Slope, bool Writes>
+struct GradSumsReducer {
+  using Storage = T;
+  using Math = std::conditional_t<Slope::kActive, opmath_t<T>, summath_t<T>>;
+  static constexpr int kScale = Slope::kFromInput ? 3 : 1, kCoefficients = kScale + Writes;
+  Gradient<T, Slope> gradient;
+
+  explicit GradSumsReducer(const Operands& operands) : gradient(operands) {}
+
+  BNEXT_INLINE static Math coefficient(const Operands& operands, int k, int64_t channel) {
+    if (k == 0) return static_cast<Math>(operands.center[channel]);
+    const void* const values = operands.coefficients[k == kScale ? 0 : k + 1];
+    return static_cast<Math>(static_cast<const opmath_t<T>*>(values)[channel]);
+  }
+  BNEXT_INLINE void prefetch(int64_t offset) const { gradient.prefetch(offset); }
 
   template <class Span>
   BNEXT_INLINE void step(LaneSums<Math>& sums, int64_t offset, const Coefficients<Math, kCoefficients>& c,
                          Span span) const {
-    Lanes<Math> dz = span.template load_lanes<Math>(dy + offset);
-    const Lanes<Math> value = span.template load_lanes<Math>(x + offset);
-    if constexpr (Act::kActive) dz = act.grad(dz, normalize(value, c.k[0], c.k[1], c.k[2]));
+    Lanes<Math> dz, value;
+    gradient.load(dz, value, offset, c.k, span);
+    if constexpr (Writes) {
+      gradient.store(offset, to_lanes<opmath_t<T>>(fixed_input_grad(dz, c.k[kScale])),
+                     to_lanes<opmath_t<T>>(dz), span);
+    }
     dz = span.template keep<T>(dz);
     const Lanes<Math> d = span.template keep<T>(value - c.k[0]);
     sums.first = sums.first + dz;
@@ -113,67 +177,87 @@ struct GradSumsReducer {
   }
 };
 
-template <class T, class Act, bool Streaming>
+// ---- maps ----
+// Bits writes what a map has of a mask; seek(offset) comes before the steps of a run.
+
+template <class T, class Act, bool Added>
 struct NormalizeMap {
   using Storage = T;
   using Math = opmath_t<T>;
-  static constexpr bool kStreaming = Streaming;
+  using Bits = std::conditional_t<Added && Act::kActive, BitWriter, NoBits>;
   static constexpr int kCoefficients = 3;
   const T* x;
+  const T* residual;
   T* y;
+  bool streaming;
   Act act;
 
   explicit NormalizeMap(const Operands& operands)
-      : x(static_cast<const T*>(operands.x)), y(static_cast<T*>(operands.out)), act(operands) {}
-
-  BNEXT_INLINE void prefetch(int64_t offset) const { __builtin_prefetch(x + offset); }
-
-  template <class Span>
-  BNEXT_INLINE void step(int64_t offset, const Coefficients<Math, kCoefficients>& c, Span span) const {
-    span.template store_lanes<Streaming>(
-        y + offset, act.value(normalize(span.template load_lanes<Math>(x + offset), c.k[0], c.k[1], c.k[2])));
-  }
-};
-
-// Coefficients: scale; center; with an activation scale and offset of its input; slope and offset. Fixed
-// statistics have no slope and no offset, and without an activation they do not read x.
-template <class T, class Act, bool Fixed, bool Streaming>
-struct InputGradMap {
-  using Storage = T;
-  using Math = opmath_t<T>;
-  static constexpr bool kStreaming = Streaming, kReadsX = Act::kActive || !Fixed;
-  static constexpr int kRest = Act::kActive ? 4 : 2;
-  static constexpr int kCoefficients = Fixed ? (Act::kActive ? 4 : 1) : kRest + 2;
-  const T* x;
-  const T* dy;
-  T* dx;
-  Act act;
-
-  explicit InputGradMap(const Operands& operands)
       : x(static_cast<const T*>(operands.x)),
-        dy(static_cast<const T*>(operands.dy)),
-        dx(static_cast<T*>(operands.out)),
+        residual(static_cast<const T*>(operands.residual)),
+        y(static_cast<T*>(operands.out)),
+        streaming(operands.streaming_stores),
         act(operands) {}
 
   BNEXT_INLINE void prefetch(int64_t offset) const {
-    if constexpr (kReadsX) __builtin_prefetch(x + offset);
-    __builtin_prefetch(dy + offset);
+    __builtin_prefetch(x + offset);
+    if constexpr (Added) __builtin_prefetch(residual + offset);
   }
 
   template <class Span>
-  BNEXT_INLINE void step(int64_t offset, const Coefficients<Math, kCoefficients>& c, Span span) const {
-    Lanes<Math> dz = span.template load_lanes<Math>(dy + offset);
-    if constexpr (!kReadsX) {
-      span.template store_lanes<Streaming>(dx + offset, dz * c.k[0]);
-    } else {
-      const Lanes<Math> value = span.template load_lanes<Math>(x + offset);
-      if constexpr (Act::kActive) dz = act.grad(dz, normalize(value, c.k[1], c.k[2], c.k[3]));
-      if constexpr (Fixed) {
-        span.template store_lanes<Streaming>(dx + offset, dz * c.k[0]);
-      } else {
-        span.template store_lanes<Streaming>(
-            dx + offset, input_grad(dz, value, c.k[0], c.k[1], c.k[kRest], c.k[kRest + 1]));
-      }
+  BNEXT_INLINE void step(Bits& bits, int64_t offset, const Coefficients<Math, kCoefficients>& c,
+                         Span span) const {
+    Lanes<Math> z = normalize(span.template load_lanes<Math>(x + offset), c.k[0], c.k[1], c.k[2]);
+    if constexpr (Added) z = z + span.template load_lanes<Math>(residual + offset);
+    if constexpr (Added && Act::kActive) {
+      if (bits.wanted()) bits.append(span.fresh(act.passes(z)), span.count());
     }
+    span.store_lanes(y + offset, act.value(z), streaming);
+  }
+};
+
+// Coefficients: scale; center; with kFromInput scale and offset of z; slope and offset.
+template <class T, class Slope>
+struct InputGradMap {
+  using Storage = T;
+  using Math = opmath_t<T>;
+  using Bits = NoBits;
+  static constexpr int kRest = Slope::kFromInput ? 4 : 2, kCoefficients = kRest + 2;
+  Gradient<T, Slope> gradient;
+
+  explicit InputGradMap(const Operands& operands) : gradient(operands) {}
+
+  BNEXT_INLINE void prefetch(int64_t offset) const { gradient.prefetch(offset); }
+
+  template <class Span>
+  BNEXT_INLINE void step(Bits&, int64_t offset, const Coefficients<Math, kCoefficients>& c, Span span) const {
+    Lanes<Math> dz, value;
+    gradient.load(dz, value, offset, c.k + 1, span);
+    gradient.store(offset, input_grad(dz, value, c.k[0], c.k[1], c.k[kRest], c.k[kRest + 1]), dz, span);
+  }
+};
+
+// dx with fixed statistics and no activation, where no sums are wanted.
+template <class T>
+struct ScaleMap {
+  using Storage = T;
+  using Math = opmath_t<T>;
+  using Bits = NoBits;
+  static constexpr int kCoefficients = 1;
+  const T* dy;
+  T* dx;
+  bool streaming;
+
+  explicit ScaleMap(const Operands& operands)
+      : dy(static_cast<const T*>(operands.dy)),
+        dx(static_cast<T*>(operands.out)),
+        streaming(operands.streaming_stores) {}
+
+  BNEXT_INLINE void prefetch(int64_t offset) const { __builtin_prefetch(dy + offset); }
+
+  template <class Span>
+  BNEXT_INLINE void step(Bits&, int64_t offset, const Coefficients<Math, 1>& c, Span span) const {
+    span.store_lanes(dx + offset, fixed_input_grad(span.template load_lanes<Math>(dy + offset), c.k[0]),
+                     streaming);
   }
 };

@@ -20,13 +20,18 @@ struct Tile {
 
 constexpr int kMaxCoefficients = 6;
 
-// Activations as tiles know them: relu is compiled into the loops, the others are called.
-enum class ActivationClass : uint8_t { none, relu, other };
+// Bits of a mask that a tile writes at once.
+constexpr int64_t kMaskWord = 16;
 
 struct Operands {
   const void* x = nullptr;
   const void* dy = nullptr;
-  void* out = nullptr;
+  const void* residual = nullptr;
+  const void* mask_read = nullptr;
+  void* out = nullptr;  // of normalize it may be x
+  void* mask = nullptr;
+  void* dresidual = nullptr;
+  bool streaming_stores = false;
   const double* center = nullptr;  // per channel: what reducers subtract from x
   const void* coefficients[kMaxCoefficients] =
       {};  // per channel, in opmath: what maps apply, in formulas.h's order; see InputGradMap for backward
@@ -37,13 +42,29 @@ struct Operands {
 // scratch_bytes.
 using TileFunction = void (*)(const Operands&, const Geometry&, const Tile&, void* scratch, Sums* sums);
 
-enum class Phase : uint8_t { moments, normalize, grad_sums, input_grad, input_grad_frozen };
+// With fixed statistics dx comes with the sums, or, without sums and activation, from dy alone.
+enum class Phase : uint8_t { moments, normalize, grad_sums, input_grad, grad_sums_and_input_grad, scale };
+
+// Activations as forward tiles know them: relu is compiled into the loops, the others are called.
+enum class ActivationClass : uint8_t { none, relu, other };
+
+// Where dz comes from: dy alone; z of relu, of another, of any with its residual; the mask, of leaky_relu or
+// of what blocks all; the output.
+enum class SlopeClass : uint8_t { none, relu, other, residual, mask, leaky_mask, output };
+
+struct Kernel {
+  Phase phase;
+  Dtype dtype;
+  Traversal traversal;
+  ActivationClass activation = ActivationClass::none;  // of normalize
+  bool residual = false;                               // of normalize
+  SlopeClass slope = SlopeClass::none;                 // of backward
+};
 
 struct InstructionSet {
   const char* name;
   bool (*supported)();
-  TileFunction (*find)(Phase phase, Dtype dtype, Traversal traversal, bool streaming_stores,
-                       ActivationClass activation);
+  TileFunction (*find)(const Kernel&);
 };
 
 // Compiled instruction sets, best first; the last one runs everywhere.
@@ -54,6 +75,15 @@ inline ActivationClass class_of(const ActivationSpec& activation) {
   return !activation                           ? ActivationClass::none
          : activation.kind == Activation::relu ? ActivationClass::relu
                                                : ActivationClass::other;
+}
+
+inline SlopeClass slope_of(const BackwardArgs& args) {
+  if (!args.activation) return SlopeClass::none;
+  if (args.mask != nullptr)
+    return args.activation.kind == Activation::leaky_relu ? SlopeClass::leaky_mask : SlopeClass::mask;
+  if (args.from_output) return SlopeClass::output;
+  if (args.residual != nullptr) return SlopeClass::residual;
+  return args.activation.kind == Activation::relu ? SlopeClass::relu : SlopeClass::other;
 }
 
 // The best one this machine supports.

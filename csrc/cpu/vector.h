@@ -97,13 +97,20 @@ BNEXT_INLINE void store_native(void* p, V v) {
   __builtin_memcpy(p, &v, sizeof v);
 }
 
+// Of the same width as A.
+template <class A>
+using Integer = std::conditional_t<sizeof(A) == 8, int64_t, int32_t>;
+
 // ---- what differs between instruction sets ----
+// lane_bits: bit i for lane i of one part, whose lanes are all ones or zero.
 // widen_float: kWidth floats to double.      widen_u16, widen_half: one part from 16-bit storage.
 // store_native_streaming: past the cache, p aligned to the vector.
 // store_u16, store_half: sixteen lanes to 16-bit storage.
 
 #if BNEXT_VECTOR_BYTES == 64
 
+BNEXT_INLINE uint32_t lane_bits(Native<int32_t> v) { return _mm512_movepi32_mask((__m512i)v); }
+BNEXT_INLINE uint32_t lane_bits(Native<int64_t> v) { return _mm512_movepi64_mask((__m512i)v); }
 BNEXT_INLINE Native<double> widen_float(const float* p) {
   return (Native<double>)_mm512_cvtps_pd(_mm256_loadu_ps(p));
 }
@@ -132,6 +139,12 @@ BNEXT_INLINE void store_half(void* p, const Lanes<float>& v, Store store_vector)
 
 #elif BNEXT_VECTOR_BYTES == 32
 
+BNEXT_INLINE uint32_t lane_bits(Native<int32_t> v) {
+  return static_cast<uint32_t>(_mm256_movemask_ps((__m256)v));
+}
+BNEXT_INLINE uint32_t lane_bits(Native<int64_t> v) {
+  return static_cast<uint32_t>(_mm256_movemask_pd((__m256d)v));
+}
 BNEXT_INLINE Native<double> widen_float(const float* p) {
   return (Native<double>)_mm256_cvtps_pd(_mm_loadu_ps(p));
 }
@@ -159,6 +172,12 @@ BNEXT_INLINE void store_half(void* p, const Lanes<float>& v, Store store_vector)
 
 #else
 
+template <class V>
+BNEXT_INLINE uint32_t lane_bits(V v) {
+  uint32_t bits = 0;
+  for (unsigned i = 0; i < sizeof(V) / sizeof(v[0]); ++i) bits |= static_cast<uint32_t>(v[i] & 1) << i;
+  return bits;
+}
 BNEXT_INLINE Native<double> widen_float(const float* p) {
   return __builtin_convertvector((load_native<Native<float, kBytes / 2>>(p)), Native<double>);
 }

@@ -43,6 +43,45 @@ BNEXT_DEVICE void activate_all(const ActivationSpec& activation, A (&z)[kCount])
   });
 }
 
+// A bit per element: whether its gradient passes. Of one that is_masked.
+template <int kCount, class A>
+BNEXT_DEVICE uint32_t passing(const ActivationSpec& activation, const A (&z)[kCount]) {
+  uint32_t bits = 0;
+  with_activation(activation.kind, [&]<Activation kKind>() {
+    if constexpr (is_masked(kKind)) {
+      BNEXT_UNROLL
+      for (int k = 0; k < kCount; ++k) bits |= uint32_t{activation_passes<A>(kKind, z[k])} << k;
+    }
+  });
+  return bits;
+}
+
+// dy to dz, by what passing() said.
+template <int kCount, class A>
+BNEXT_DEVICE void masked_grad_all(const ActivationSpec& activation, A (&dy)[kCount],
+                                  const bool (&passes)[kCount]) {
+  const A param = static_cast<A>(activation.param);
+  BNEXT_UNROLL
+  for (int k = 0; k < kCount; ++k) {
+    dy[k] = passes[k] ? dy[k] : blocked_grad(activation.kind, param, dy[k]);
+  }
+}
+
+// dy to dz, and y to the z that gave it. Of one that is_invertible.
+template <class T, int kCount, class A>
+BNEXT_DEVICE void invert_all(const ActivationSpec& activation, A (&dy)[kCount], A (&y)[kCount]) {
+  const A param = static_cast<A>(activation.param);
+  with_activation(activation.kind, [&]<Activation kKind>() {
+    if constexpr (is_invertible(kKind, 1)) {
+      BNEXT_UNROLL
+      for (int k = 0; k < kCount; ++k) {
+        dy[k] = activation_grad_from_output(kKind, param, dy[k], y[k]);
+        y[k] = activation_inverse<T, ScalarElementary>(kKind, param, y[k]);
+      }
+    }
+  });
+}
+
 // dy to dz.
 template <int kCount, class A>
 BNEXT_DEVICE void activation_grad_all(const ActivationSpec& activation, A (&dy)[kCount],

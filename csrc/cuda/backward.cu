@@ -1,5 +1,5 @@
 // Backward on a GPU: grad_sums and input_grad, their folds, and the launches.
-#include "cuda/activations.cuh"
+#include "cuda/gradient.cuh"
 #include "cuda/launch.h"
 #include "cuda/launching.cuh"
 #include "cuda/map.cuh"
@@ -19,38 +19,67 @@ struct BackwardParams {
   Reuse output_reuse;
 };
 
-// The mean as far as arithmetic precision holds it; what it lacks comes in after the sums.
-template <class T>
-BNEXT_DEVICE opmath_t<T> held_mean(const BackwardArgs& args, int64_t c) {
-  return static_cast<opmath_t<T>>(args.mean[c]);
-}
+// With fixed statistics dx needs no sums: the reduce writes it, or without a reduce the map. Kernels that
+// find dz are large and spend their time on that: of them there is one for either, which asks as it runs.
+enum class Statistics : uint8_t { batch, fixed, either };
 
-// Scale and offset of the activation's input, as the forward pass had them, around the held mean.
-template <class T>
-BNEXT_DEVICE NormalizeCoefficients<opmath_t<T>> activation_input(const BackwardArgs& args, int64_t c) {
-  return normalize_coefficients<opmath_t<T>>(args.mean[c], args.invstd[c], read_channel(args.weight, c, 1),
-                                             read_channel(args.bias, c, 0));
-}
+template <Slope kSlope>
+constexpr Statistics kBatch = kSlope == Slope::found ? Statistics::either : Statistics::batch;
+template <Slope kSlope>
+constexpr Statistics kFixed = kSlope == Slope::found ? Statistics::either : Statistics::fixed;
 
-template <class T, bool kActive>
-struct GradSumsReducer {
+// What both kernels read and write. dresidual belongs to an activation's input.
+template <class T, Slope kSlope, Statistics kStatistics>
+struct BackwardTensors {
   using Storage = T;
   using Math = opmath_t<T>;
-  using Center = std::conditional_t<kActive, NormalizeCoefficients<Math>, Math>;
-  static constexpr int kInputs = 2, kVectors = !kActive ? 4 : sizeof(T) == 8 ? 1 : 2;
+  static constexpr bool kFound = kSlope == Slope::found, kReadsMask = kSlope == Slope::mask;
+  static constexpr int kTensorsOut = kSlope == Slope::one ? 1 : 2;
 
   const BackwardParams& p;
 
+  BNEXT_DEVICE bool fixed() const {
+    return kStatistics == Statistics::either ? !p.args.batch_statistics : kStatistics == Statistics::fixed;
+  }
   BNEXT_DEVICE Input<T> input(int i) const {
-    return {static_cast<const T*>(i == 0 ? p.args.x : p.args.dy), p.args.extent.numel()};
+    const void* const data = i == 0 ? p.args.dy : i == 1 ? p.args.x : p.args.residual;
+    return {static_cast<const T*>(data), p.args.extent.numel()};
+  }
+  BNEXT_DEVICE Output<T> output(int i) const {
+    void* const data = i == 0 ? p.args.dx : p.args.dresidual;
+    return {static_cast<T*>(data), p.args.extent.numel(), p.output_reuse};
+  }
+  BNEXT_DEVICE const void* mask() const { return p.args.mask; }
+  BNEXT_DEVICE Gradient<T, kSlope> gradient() const { return {p.args}; }
+};
+
+template <class T, Slope kSlope, Statistics kStatistics>
+struct GradSumsReducer : BackwardTensors<T, kSlope, kStatistics> {
+  using Tensors = BackwardTensors<T, kSlope, kStatistics>;
+  using Math = opmath_t<T>;
+  using Center = GradientTerms<Math>;
+  using Tensors::fixed, Tensors::gradient, Tensors::kFound, Tensors::p;
+  static constexpr bool kMayWrite = kStatistics != Statistics::batch;
+  static constexpr int kInputs = kFound ? 3 : 2, kSureInputs = 2;
+  static constexpr int kOutputs = kMayWrite ? Tensors::kTensorsOut : 0, kSureOutputs = 0;
+  static constexpr int kVectors = !kFound ? 4 : sizeof(T) == 8 ? 1 : 2;
+  static constexpr Reuse kReuse = kStatistics == Statistics::fixed ? Reuse::no : Reuse::yes;
+
+  BNEXT_DEVICE Output<T> output(int i) const {
+    Output<T> out = Tensors::output(i);
+    if (!fixed()) out.data = nullptr;
+    return out;
+  }
+  BNEXT_DEVICE int phase() const {
+    return kMayWrite && writes(*this, 0) ? phase_of(output(0).data) : phase_of(this->input(0).data);
   }
 
   BNEXT_DEVICE Center center(int64_t c) const {
-    if constexpr (kActive) {
-      return activation_input<T>(p.args, c);
-    } else {
-      return held_mean<T>(p.args, c);
-    }
+    Center center{};
+    center.center = static_cast<Math>(standing(p.args, c, 0).mean);
+    if constexpr (kFound) gradient().input_terms(c, center);
+    if constexpr (kMayWrite) center.dx_scale = gradient().coefficients(c, {}).scale;
+    return center;
   }
 
   struct Centers {
@@ -62,163 +91,146 @@ struct GradSumsReducer {
   };
 
   template <int kCount>
-  BNEXT_DEVICE void add(Sums& sums, const Math (&values)[kInputs][kCount], const Center& center) const {
-    Math dz[kCount], terms[kCount], subtracted;
+  BNEXT_DEVICE void add(Sums& sums, Elements<GradSumsReducer, kCount>& elements, const Center& center) const {
+    gradient().find(elements, [&](int) { return center; });
+    Math(&dz)[kCount] = elements.values[0];
+    Math(&x)[kCount] = elements.values[1];
+    Math terms[kCount];
     BNEXT_UNROLL
-    for (int k = 0; k < kCount; ++k) dz[k] = values[1][k];
-    if constexpr (kActive) {
-      subtracted = center.center;
-      Math z[kCount];
+    for (int k = 0; k < kCount; ++k) terms[k] = dz[k] * (x[k] - center.center);
+    sums += {double{sum_of<kCount>(dz)}, double{sum_of<kCount>(terms)}};
+    if constexpr (kMayWrite) {
       BNEXT_UNROLL
       for (int k = 0; k < kCount; ++k) {
-        z[k] = normalize<Math>(values[0][k], center.center, center.scale, center.offset);
+        x[k] = dz[k];
+        dz[k] = fixed_input_grad(dz[k], center.dx_scale);
       }
-      activation_grad_all(p.args.activation, dz, z);
-    } else {
-      subtracted = center;
     }
-    BNEXT_UNROLL
-    for (int k = 0; k < kCount; ++k) terms[k] = dz[k] * (values[0][k] - subtracted);
-    sums += {double{sum_of<kCount>(dz)}, double{sum_of<kCount>(terms)}};
   }
 
   BNEXT_DEVICE void fold(int64_t c, const Sums& sums) const {
     const BackwardArgs& a = p.args;
-    const ParameterGrads grads =
-        parameter_grads(sums, a.mean[c], static_cast<double>(held_mean<T>(a, c)), a.invstd[c]);
+    const ParameterGrads grads = gradient().grads(c, sums);
     if (a.dweight != nullptr) store(static_cast<Math*>(a.dweight) + c, static_cast<Math>(grads.dweight));
     if (a.dbias != nullptr) store(static_cast<Math*>(a.dbias) + c, static_cast<Math>(grads.dbias));
     p.totals[c] = sums;
   }
 };
 
-// Coefficients: scale; center; with an activation scale and offset of its input; slope and offset. Fixed
-// statistics have no slope and no offset, and without an activation they do not read x.
-template <class T, bool kActive, bool kFixed>
-struct InputGradMap {
-  using Storage = T;
+// Coefficients: scale; center; where dz is found, scale and offset of the activation's input; slope and
+// offset. Fixed statistics have no slope and no offset, and read x only to find dz.
+template <class T, Slope kSlope, Statistics kStatistics>
+struct InputGradMap : BackwardTensors<T, kSlope, kStatistics> {
+  using Tensors = BackwardTensors<T, kSlope, kStatistics>;
   using Math = opmath_t<T>;
-  static constexpr bool kReadsX = kActive || !kFixed;
-  static constexpr int kRest = kActive ? 4 : 2;
-  static constexpr int kInputs = kReadsX ? 2 : 1;
-  static constexpr int kCoefficients = kFixed ? (kActive ? 4 : 1) : kRest + 2;
-
-  const BackwardParams& p;
-
-  BNEXT_DEVICE Input<T> input(int i) const {
-    return {static_cast<const T*>(i == 0 ? p.args.dy : p.args.x), p.args.extent.numel()};
-  }
-  BNEXT_DEVICE Output<T> output() const {
-    return {static_cast<T*>(p.args.dx), p.args.extent.numel(), p.output_reuse};
-  }
+  using Tensors::fixed, Tensors::gradient, Tensors::kFound, Tensors::p;
+  static constexpr bool kMaySlope = kStatistics != Statistics::fixed, kReadsX = kFound || kMaySlope;
+  static constexpr int kRest = kFound ? 4 : 2, kCoefficients = kMaySlope ? kRest + 2 : 1;
+  static constexpr int kInputs = kFound ? 3 : kReadsX ? 2 : 1, kSureInputs = kReadsX ? 2 : 1;
+  static constexpr int kOutputs = Tensors::kTensorsOut, kSureOutputs = 1;
+  static constexpr bool kWritesMask = false;
 
   BNEXT_DEVICE void coefficients(int64_t c, bool, Math (&values)[kCoefficients]) const {
-    const BackwardArgs& a = p.args;
-    const auto found = input_grad_coefficients<Math>(
-        kFixed ? Sums{} : p.totals[c], a.mean[c], static_cast<double>(held_mean<T>(a, c)), a.invstd[c],
-        read_channel(a.weight, c, 1), 1 / static_cast<double>(a.extent.count()));
+    const auto found = gradient().coefficients(c, fixed() ? Sums{} : p.totals[c]);
     values[0] = found.scale;
     if constexpr (kReadsX) values[1] = found.center;
-    if constexpr (kActive) {
-      const auto z = activation_input<T>(a, c);
-      values[2] = z.scale;
-      values[3] = z.offset;
+    if constexpr (kFound) {
+      GradientTerms<Math> terms;
+      gradient().input_terms(c, terms);
+      values[2] = terms.z_scale;
+      values[3] = terms.z_offset;
     }
-    if constexpr (!kFixed) {
+    if constexpr (kMaySlope) {
       values[kRest] = found.slope;
       values[kRest + 1] = found.offset;
     }
   }
 
-  template <class Coefficient>
-  BNEXT_DEVICE void values(const Math (&in)[kInputs][kLanes<T>], Coefficient c,
-                           Math (&out)[kLanes<T>]) const {
-    constexpr int kCount = kLanes<T>;
-    Math dz[kCount];
-    BNEXT_UNROLL
-    for (int l = 0; l < kCount; ++l) dz[l] = in[0][l];
-    if constexpr (kActive) {
-      Math z[kCount];
-      BNEXT_UNROLL
-      for (int l = 0; l < kCount; ++l) z[l] = normalize<Math>(in[1][l], c(1, l), c(2, l), c(3, l));
-      activation_grad_all(p.args.activation, dz, z);
-    }
+  template <int kCount, class Coefficient>
+  BNEXT_DEVICE uint32_t values(Elements<InputGradMap, kCount>& elements, Coefficient c,
+                               Math (&out)[kOutputs][kCount]) const {
+    gradient().find(elements, [&](int l) -> GradientTerms<Math> { return {c(1, l), c(2, l), c(3, l), 0}; });
+    const auto& values = elements.values;
     BNEXT_UNROLL
     for (int l = 0; l < kCount; ++l) {
-      if constexpr (kFixed) {
-        out[l] = fixed_input_grad(dz[l], c(0, l));
-      } else {
-        out[l] = input_grad<Math>(dz[l], in[1][l], c(0, l), c(1, l), c(kRest, l), c(kRest + 1, l));
+      const Math dz = values[0][l];
+      out[0][l] = fixed_input_grad(dz, c(0, l));
+      if constexpr (kMaySlope) {
+        const Math dx = input_grad<Math>(dz, values[1][l], c(0, l), c(1, l), c(kRest, l), c(kRest + 1, l));
+        out[0][l] = fixed() ? out[0][l] : dx;
       }
+      if constexpr (kOutputs == 2) out[1][l] = dz;
     }
+    return 0;
   }
 };
 
 // Blocks of a multiprocessor that the registers of a planes kernel leave room for.
-template <class T, bool kActive>
-constexpr int kBlocks = 3 - int{kActive} - int{sizeof(T) == 8};
+template <class T, Slope kSlope>
+constexpr int kBlocks = 3 - int{kSlope == Slope::found} - int{sizeof(T) == 8};
+template <class T, Slope kSlope, Statistics kStatistics>
+constexpr int kSumsBlocks = kStatistics == Statistics::fixed ? 2 : kBlocks<T, kSlope>;
 
-template <class T, bool kActive>
+template <class T, Slope kSlope, Statistics kStatistics>
 BNEXT_KERNEL(384, 1)
 grad_sums_rows_kernel(const BNEXT_PARAMETER BackwardParams p) {
-  GradSumsReducer<T, kActive> reducer{p};
+  GradSumsReducer<T, kSlope, kStatistics> reducer{{p}};
   reduce_rows(p.reduction, reducer);
 }
 
-template <class T, bool kActive>
-BNEXT_KERNEL(256, (kBlocks<T, kActive>))
+template <class T, Slope kSlope, Statistics kStatistics>
+BNEXT_KERNEL(256, (kSumsBlocks<T, kSlope, kStatistics>))
 grad_sums_planes_kernel(const BNEXT_PARAMETER BackwardParams p) {
-  GradSumsReducer<T, kActive> reducer{p};
+  GradSumsReducer<T, kSlope, kStatistics> reducer{{p}};
   reduce_planes(p.reduction, reducer);
 }
 
-template <class T, bool kActive, bool kFixed>
-BNEXT_KERNEL(256, kActive ? 1 : 2)
+template <class T, Slope kSlope, Statistics kStatistics>
+BNEXT_KERNEL(256, kSlope == Slope::found ? 1 : 2)
 input_grad_rows_kernel(const BNEXT_PARAMETER BackwardParams p) {
-  InputGradMap<T, kActive, kFixed> map{p};
+  InputGradMap<T, kSlope, kStatistics> map{{p}};
   map_rows(p.mapping, map);
 }
 
-template <class T, bool kActive, bool kFixed>
-BNEXT_KERNEL(256, (kBlocks<T, kActive>))
+template <class T, Slope kSlope, Statistics kStatistics>
+BNEXT_KERNEL(256, (kBlocks<T, kSlope>))
 input_grad_planes_kernel(const BNEXT_PARAMETER BackwardParams p) {
-  InputGradMap<T, kActive, kFixed> map{p};
+  InputGradMap<T, kSlope, kStatistics> map{{p}};
   map_planes(p.mapping, map);
 }
 
-template <class T, bool kActive>
-void launch_sums(const BackwardParams& p, const Plan& plan, void* stream) {
-  const bool rows = plan.reduce.traversal == Traversal::rows;
-  launch(kName, rows ? grad_sums_rows_kernel<T, kActive> : grad_sums_planes_kernel<T, kActive>, plan.reduce,
-         reduce_memory<GradSumsReducer<T, kActive>>(plan.reduce), stream, p);
-}
-
-template <class T, bool kActive, bool kFixed>
-void launch_map(const BackwardParams& p, const Plan& plan, void* stream) {
-  const bool rows = plan.map.traversal == Traversal::rows;
-  launch(kName,
-         rows ? input_grad_rows_kernel<T, kActive, kFixed> : input_grad_planes_kernel<T, kActive, kFixed>,
-         plan.map, map_memory<InputGradMap<T, kActive, kFixed>>(plan.map), stream, p);
-}
-
-template <class T, bool kActive>
+template <class T, Slope kSlope, Statistics kStatistics>
 void launch_all(const BackwardParams& p, const Plan& plan, void* stream) {
-  const BackwardArgs& a = p.args;
-  if (a.dweight != nullptr || a.dbias != nullptr || (a.batch_statistics && a.dx != nullptr)) {
-    launch_sums<T, kActive>(p, plan, stream);
+  if (plan.reduces) {
+    const bool rows = plan.reduce.traversal == Traversal::rows;
+    launch(kName,
+           rows ? grad_sums_rows_kernel<T, kSlope, kStatistics>
+                : grad_sums_planes_kernel<T, kSlope, kStatistics>,
+           plan.reduce, reduce_memory<GradSumsReducer<T, kSlope, kStatistics>>(plan.reduce), stream, p);
   }
-  if (a.dx == nullptr) return;
-  if (a.batch_statistics) {
-    launch_map<T, kActive, false>(p, plan, stream);
+  if (plan.maps) {
+    const bool rows = plan.map.traversal == Traversal::rows;
+    launch(kName,
+           rows ? input_grad_rows_kernel<T, kSlope, kStatistics>
+                : input_grad_planes_kernel<T, kSlope, kStatistics>,
+           plan.map, map_memory<InputGradMap<T, kSlope, kStatistics>>(plan.map), stream, p);
+  }
+}
+
+template <class T, Slope kSlope>
+void launch_with(const BackwardParams& p, const Plan& plan, void* stream) {
+  if (p.args.batch_statistics) {
+    launch_all<T, kSlope, kBatch<kSlope>>(p, plan, stream);
   } else {
-    launch_map<T, kActive, true>(p, plan, stream);
+    launch_all<T, kSlope, kFixed<kSlope>>(p, plan, stream);
   }
 }
 
 }  // namespace
 
 bool aligned(const BackwardArgs& args) {
-  return on_boundary(args.x) && on_boundary(args.dy) && on_boundary(args.dx);
+  return on_boundary(args.x) && on_boundary(args.dy) && on_boundary(args.residual) && on_boundary(args.dx) &&
+         on_boundary(args.dresidual);
 }
 
 void backward(const BackwardArgs& args, const Plan& plan, const Workspace& workspace) {
@@ -238,10 +250,13 @@ void backward(const BackwardArgs& args, const Plan& plan, const Workspace& works
                    plan.streaming_stores ? Reuse::no : Reuse::yes};
   p.args.extent = plan.extent;
   dispatch(args.dtype, [&]<class T>() {
-    if (args.activation) {
-      launch_all<T, true>(p, plan, workspace.stream);
-    } else {
-      launch_all<T, false>(p, plan, workspace.stream);
+    switch (slope_of(args)) {
+      case Slope::one:
+        return launch_with<T, Slope::one>(p, plan, workspace.stream);
+      case Slope::mask:
+        return launch_with<T, Slope::mask>(p, plan, workspace.stream);
+      case Slope::found:
+        return launch_with<T, Slope::found>(p, plan, workspace.stream);
     }
   });
 }

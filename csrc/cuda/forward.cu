@@ -3,6 +3,7 @@
 #include "cuda/launch.h"
 #include "cuda/launching.cuh"
 #include "cuda/map.cuh"
+#include "cuda/mask.cuh"
 #include "cuda/reduce.cuh"
 #include "dispatch.h"
 
@@ -15,6 +16,7 @@ struct ForwardParams {
   ForwardArgs args;
   Reduction reduction;
   Mapping mapping;
+  MaskOutput mask;
   Reuse output_reuse;
 };
 
@@ -26,11 +28,15 @@ struct MomentsReducer {
   using Storage = T;
   using Math = opmath_t<T>;
   using Center = Math;
-  static constexpr int kInputs = 1, kVectors = 8;
+  static constexpr int kInputs = 1, kSureInputs = 1, kOutputs = 0, kSureOutputs = 0, kVectors = 8;
+  static constexpr bool kReadsMask = false;
+  static constexpr Reuse kReuse = Reuse::yes;
 
   const ForwardParams& p;
 
   BNEXT_DEVICE Input<T> input(int) const { return {static_cast<const T*>(p.args.x), p.args.extent.numel()}; }
+  BNEXT_DEVICE Output<T> output(int) const { return {}; }
+  BNEXT_DEVICE int phase() const { return phase_of(input(0).data); }
 
   // The median of medians of nine elements spread over the channel, 0 if it is not finite: a constant channel
   // sums to exactly zero, and a few outliers, or what is special at borders, do not become the center. An
@@ -58,10 +64,10 @@ struct MomentsReducer {
   };
 
   template <int kCount>
-  BNEXT_DEVICE void add(Sums& sums, const Math (&values)[kInputs][kCount], Math center) const {
+  BNEXT_DEVICE void add(Sums& sums, const Elements<MomentsReducer, kCount>& elements, Math center) const {
     Math d[kCount];
     BNEXT_UNROLL
-    for (int k = 0; k < kCount; ++k) d[k] = values[0][k] - center;
+    for (int k = 0; k < kCount; ++k) d[k] = elements.values[0][k] - center;
     const Math first = sum_of<kCount>(d), mean = first * (Math{1} / kCount);
     BNEXT_UNROLL
     for (int k = 0; k < kCount; ++k) d[k] = (d[k] - mean) * (d[k] - mean);
@@ -91,18 +97,24 @@ struct MomentsReducer {
   }
 };
 
-template <class T>
+// kJoined: there may be a residual and a mask.
+template <class T, bool kJoined>
 struct NormalizeMap {
   using Storage = T;
   using Math = opmath_t<T>;
-  static constexpr int kInputs = 1, kCoefficients = 3;
+  static constexpr int kInputs = kJoined ? 2 : 1, kSureInputs = 1, kOutputs = 1, kSureOutputs = 1;
+  static constexpr int kCoefficients = 3;
+  static constexpr bool kReadsMask = false, kWritesMask = kJoined;
 
   const ForwardParams& p;
 
-  BNEXT_DEVICE Input<T> input(int) const { return {static_cast<const T*>(p.args.x), p.args.extent.numel()}; }
-  BNEXT_DEVICE Output<T> output() const {
+  BNEXT_DEVICE Input<T> input(int i) const {
+    return {static_cast<const T*>(i == 0 ? p.args.x : p.args.residual), p.args.extent.numel()};
+  }
+  BNEXT_DEVICE Output<T> output(int) const {
     return {static_cast<T*>(p.args.y), p.args.extent.numel(), p.output_reuse};
   }
+  BNEXT_DEVICE const MaskOutput& mask() const { return p.mask; }
 
   BNEXT_DEVICE void coefficients(int64_t c, bool owner, Math (&values)[kCoefficients]) const {
     const ForwardArgs& a = p.args;
@@ -125,12 +137,23 @@ struct NormalizeMap {
     values[2] = found.offset;
   }
 
-  template <class Coefficient>
-  BNEXT_DEVICE void values(const Math (&in)[kInputs][kLanes<T>], Coefficient c,
-                           Math (&out)[kLanes<T>]) const {
+  template <int kCount, class Coefficient>
+  BNEXT_DEVICE uint32_t values(const Elements<NormalizeMap, kCount>& elements, Coefficient c,
+                               Math (&out)[kOutputs][kCount]) const {
+    const auto& in = elements.values;
+    Math(&z)[kCount] = out[0];
     BNEXT_UNROLL
-    for (int l = 0; l < kLanes<T>; ++l) out[l] = normalize<Math>(in[0][l], c(0, l), c(1, l), c(2, l));
-    activate_all(p.args.activation, out);
+    for (int l = 0; l < kCount; ++l) z[l] = normalize<Math>(in[0][l], c(0, l), c(1, l), c(2, l));
+    uint32_t bits = 0;
+    if constexpr (kJoined) {
+      if (p.args.residual != nullptr) {
+        BNEXT_UNROLL
+        for (int l = 0; l < kCount; ++l) z[l] += in[1][l];
+      }
+      if (p.mask.data != nullptr) bits = passing(p.args.activation, z);
+    }
+    activate_all(p.args.activation, z);
+    return bits;
   }
 };
 
@@ -140,9 +163,14 @@ BNEXT_DEVICE void count_batch(const ForwardArgs& args) {
   }
 }
 
+BNEXT_DEVICE void clear_mask(const MaskOutput& mask) {
+  if (mask.data != nullptr && !mask.whole_bytes) mask.clear();
+}
+
 template <class T>
 BNEXT_KERNEL(384, 1)
 moments_rows_kernel(const BNEXT_PARAMETER ForwardParams p) {
+  clear_mask(p.mask);
   MomentsReducer<T> reducer{p};
   reduce_rows(p.reduction, reducer);
 }
@@ -150,32 +178,58 @@ moments_rows_kernel(const BNEXT_PARAMETER ForwardParams p) {
 template <class T>
 BNEXT_KERNEL(256, 3)
 moments_planes_kernel(const BNEXT_PARAMETER ForwardParams p) {
+  clear_mask(p.mask);
   MomentsReducer<T> reducer{p};
   reduce_planes(p.reduction, reducer);
 }
 
-template <class T>
-BNEXT_KERNEL(256, sizeof(T) == 8 ? 2 : 3)
+template <class T, bool kJoined>
+BNEXT_KERNEL(256, sizeof(T) == 8 || kJoined ? 2 : 3)
 normalize_rows_kernel(const BNEXT_PARAMETER ForwardParams p) {
   count_batch(p.args);
-  NormalizeMap<T> map{p};
+  if constexpr (kJoined) p.mask.clear_end();
+  NormalizeMap<T, kJoined> map{p};
   map_rows(p.mapping, map);
 }
 
-template <class T>
-BNEXT_KERNEL(256, 3)
+template <class T, bool kJoined>
+BNEXT_KERNEL(256, kJoined ? 2 : 3)
 normalize_planes_kernel(const BNEXT_PARAMETER ForwardParams p) {
   count_batch(p.args);
-  NormalizeMap<T> map{p};
+  if constexpr (kJoined) p.mask.clear_end();
+  NormalizeMap<T, kJoined> map{p};
   map_planes(p.mapping, map);
+}
+
+template <class T, bool kJoined>
+void launch_map(const ForwardParams& p, const Plan& plan, void* stream) {
+  const bool rows = plan.map.traversal == Traversal::rows;
+  launch(kName, rows ? normalize_rows_kernel<T, kJoined> : normalize_planes_kernel<T, kJoined>, plan.map,
+         map_memory<NormalizeMap<T, kJoined>>(plan.map), stream, p);
+}
+
+template <class T>
+void launch_all(const ForwardParams& p, const Plan& plan, void* stream) {
+  const bool rows = plan.reduce.traversal == Traversal::rows;
+  if (plan.reduces) {
+    launch(kName, rows ? moments_rows_kernel<T> : moments_planes_kernel<T>, plan.reduce,
+           reduce_memory<MomentsReducer<T>>(plan.reduce), stream, p);
+  }
+  if (p.args.residual != nullptr || p.mask.data != nullptr) {
+    launch_map<T, true>(p, plan, stream);
+  } else {
+    launch_map<T, false>(p, plan, stream);
+  }
 }
 
 }  // namespace
 
-bool aligned(const ForwardArgs& args) { return on_boundary(args.x) && on_boundary(args.y); }
+bool aligned(const ForwardArgs& args) {
+  return on_boundary(args.x) && on_boundary(args.residual) && on_boundary(args.y);
+}
 
 void forward(const ForwardArgs& args, const Plan& plan, const Workspace& workspace) {
-  ForwardParams p{args, {}, {}, plan.streaming_stores ? Reuse::no : Reuse::yes};
+  ForwardParams p{args, {}, {}, {}, plan.streaming_stores ? Reuse::no : Reuse::yes};
   p.args.extent = plan.extent;
   if (args.extent.numel() == 0) {
     fill_zero(kName, args.mean, args.extent.channels * int64_t{sizeof(double)}, workspace.stream);
@@ -186,15 +240,13 @@ void forward(const ForwardArgs& args, const Plan& plan, const Workspace& workspa
   const int lanes = static_cast<int>(16 / size_of(args.dtype));
   p.reduction = reduction_of(plan, lanes, whole, workspace);
   p.mapping = {plan.extent, plan.map, whole && whole_vectors(plan.map, lanes)};
-  const bool rows = plan.map.traversal == Traversal::rows;
-  dispatch(args.dtype, [&]<class T>() {
-    if (plan.reduces) {
-      launch(kName, rows ? moments_rows_kernel<T> : moments_planes_kernel<T>, plan.reduce,
-             reduce_memory<MomentsReducer<T>>(plan.reduce), workspace.stream, p);
-    }
-    launch(kName, rows ? normalize_rows_kernel<T> : normalize_planes_kernel<T>, plan.map,
-           map_memory<NormalizeMap<T>>(plan.map), workspace.stream, p);
-  });
+  p.mask = {args.mask, args.extent.numel(),
+            lanes == 8 && on_boundary(args.y) &&
+                (plan.map.traversal == Traversal::rows || plan.extent.inner % lanes == 0)};
+  if (args.mask != nullptr && !plan.reduces && !p.mask.whole_bytes) {
+    fill_zero(kName, args.mask, mask_bytes(args.extent.numel()), workspace.stream);
+  }
+  dispatch(args.dtype, [&]<class T>() { launch_all<T>(p, plan, workspace.stream); });
 }
 
 }  // namespace bnext::cuda

@@ -1,11 +1,14 @@
-// Second kernel of a direction: every element to its output, for any map, walking backwards: what the reduce
-// read last is still in L2. Vectors lie on the boundaries of the output; inputs are read wherever they lie.
+// Second kernel of a direction: every element to its outputs, for any map, walking backwards: what the reduce
+// read last is still in L2. Vectors lie on the boundaries of output 0; all else is accessed wherever it lies.
+// Nobody reads an element that another thread writes: output 0 may be an input.
 //
-// A Map has kInputs tensors of Storage, output(), kCoefficients per channel, and
+// A Map is an operation over elements (see batch.cuh), has kCoefficients per channel, and
 //   coefficients(channel, owner, values)   into values[k]; owner: one thread of the grid per channel
-//   values(inputs, coefficients, out)      of a vector; coefficient k of a lane is coefficients(k, lane)
+//   values(elements, coefficients, out)    of a vector; coefficient k of a lane is coefficients(k, lane)
+// The latter gives the lanes' bits for mask(), if it kWritesMask.
 #pragma once
 
+#include "cuda/batch.cuh"
 #include "cuda/tensors.cuh"
 #include "plan_cuda.h"
 
@@ -20,31 +23,29 @@ struct Mapping {
 // Of every input in flight per thread: where nothing is in the way, and where boundaries are.
 constexpr int kMapVectors = 4, kFewVectors = 2;
 
-template <class Map, class Coefficient>
-BNEXT_DEVICE Vector16 map_vector(const Map& map, const Vector16 (&raw)[Map::kInputs],
-                                 Coefficient coefficient) {
+// Loads of all vectors, then their stores.
+template <bool kWhole, class Map, int kVectors, class Coefficient>
+BNEXT_DEVICE void map_batch(const Map& map, const Span (&places)[kVectors], Coefficient coefficient) {
   using T = typename Map::Storage;
-  typename Map::Math values[Map::kInputs][kLanes<T>], out[kLanes<T>];
-  BNEXT_UNROLL
-  for (int i = 0; i < Map::kInputs; ++i) {
-    BNEXT_UNROLL
-    for (int lane = 0; lane < kLanes<T>; ++lane) values[i][lane] = element<T>(raw[i], lane);
-  }
-  map.values(values, coefficient, out);
-  return pack<T>(out);
-}
-
-// Loads of all vectors, then their stores. load(i, u) and store(u, vector) skip what is not wanted.
-template <int kVectors, class Map, class Load, class Store, class Coefficient>
-BNEXT_DEVICE void map_batch(const Map& map, Load load, Store store, Coefficient coefficient) {
-  Vector16 raw[kVectors][Map::kInputs];
+  constexpr int kCount = kLanes<T>;
+  Batch<Map, kVectors> batch;
+  load_batch<Reuse::no, kWhole>(map, places, Vector16{}, batch);
   BNEXT_UNROLL
   for (int u = 0; u < kVectors; ++u) {
+    Elements<Map, kCount> elements;
+    typename Map::Math out[Map::kOutputs][kCount];
     BNEXT_UNROLL
-    for (int i = 0; i < Map::kInputs; ++i) raw[u][i] = load(i, u);
+    for (int lane = 0; lane < kCount; ++lane) elements.take(lane, batch, u, lane);
+    const uint32_t bits = map.values(elements, coefficient, out);
+    BNEXT_UNROLL
+    for (int i = 0; i < Map::kOutputs; ++i) {
+      if (writes(map, i)) store_vector<kWhole>(map, i, places[u], pack<T>(out[i]));
+    }
+    if constexpr (Map::kWritesMask) {
+      const MaskOutput mask = map.mask();
+      if (mask.data != nullptr) mask.write<kCount, kWhole>(places[u], bits);
+    }
   }
-  BNEXT_UNROLL
-  for (int u = 0; u < kVectors; ++u) store(u, map_vector(map, raw[u], coefficient));
 }
 
 template <class Map>
@@ -57,8 +58,7 @@ BNEXT_DEVICE void map_rows(const Mapping& m, Map& map) {
   const int64_t group = block % groups, chunk = block / groups;
   const int64_t numel = m.extent.numel(), inner = m.extent.inner, cycle = m.extent.channels * inner;
   const int index = static_cast<int>(thread_index()), threads = static_cast<int>(thread_count());
-  const Output<T> output = map.output();
-  const int phase = phase_of(output.data);
+  const int phase = phase_of(map.output(0).data);
 
   // Coefficients of the group's columns, found once per block: [coefficient][column].
   const int vectors = static_cast<int>(t.vectors), columns = vectors * kCount;
@@ -91,21 +91,18 @@ BNEXT_DEVICE void map_rows(const Mapping& m, Map& map) {
   for (int64_t at = end - 1 - row; at >= begin;) {
     const int64_t e = at * t.row_length + base, last = e - (kMapVectors - 1) * stride;
     if (m.aligned && at - (kMapVectors - 1) * height >= begin && last >= 0 && e + kCount <= numel) {
-      map_batch<kMapVectors>(
-          map, [&](int i, int u) { return map.input(i).template load<Reuse::no>(e - u * stride); },
-          [&](int u, const Vector16& v) { output.store(e - u * stride, v); }, coefficient);
+      Span places[kMapVectors];
+      BNEXT_UNROLL
+      for (int u = 0; u < kMapVectors; ++u) places[u] = {e - u * stride, 0, kCount};
+      map_batch<true>(map, places, coefficient);
       at -= kMapVectors * height;
     } else {
-      map_batch<kFewVectors>(
-          map,
-          [&](int i, int u) {
-            const int high = at - u * height >= begin ? kCount : 0;
-            return map.input(i).template load_any<Reuse::no>(e - u * stride, 0, high, Vector16{});
-          },
-          [&](int u, const Vector16& v) {
-            output.store_any(e - u * stride, 0, at - u * height >= begin ? kCount : 0, v);
-          },
-          coefficient);
+      Span places[kFewVectors];
+      BNEXT_UNROLL
+      for (int u = 0; u < kFewVectors; ++u) {
+        places[u] = {e - u * stride, 0, at - u * height >= begin ? kCount : 0};
+      }
+      map_batch<false>(map, places, coefficient);
       at -= kFewVectors * height;
     }
   }
@@ -120,8 +117,7 @@ BNEXT_DEVICE void map_planes(const Mapping& m, Map& map) {
   const unsigned block = block_count() - 1 - block_index(), groups = static_cast<unsigned>(t.groups);
   const int64_t channel = block % groups, chunk = block / groups;
   const int64_t inner = m.extent.inner, threads = thread_count();
-  const Output<T> output = map.output();
-  const int phase = phase_of(output.data);
+  const int phase = phase_of(map.output(0).data);
 
   Math* const memory = reinterpret_cast<Math*>(block_memory());
   if (thread_index() == 0) {
@@ -142,35 +138,26 @@ BNEXT_DEVICE void map_planes(const Mapping& m, Map& map) {
   Walk walk(at, threads, t.vectors);
   if (m.aligned) {
     for (; at - (kMapVectors - 1) * threads >= begin; at -= kMapVectors * threads) {
-      int64_t e[kMapVectors];
+      Span places[kMapVectors];
       BNEXT_UNROLL
       for (int u = 0; u < kMapVectors; ++u) {
-        e[u] = (walk.row * m.extent.channels + channel) * inner + walk.vector * kCount;
+        const int64_t run = (walk.row * m.extent.channels + channel) * inner;
+        places[u] = {run + walk.vector * kCount, 0, kCount};
         walk.backward();
       }
-      map_batch<kMapVectors>(
-          map, [&](int i, int u) { return map.input(i).template load<Reuse::no>(e[u]); },
-          [&](int u, const Vector16& v) { output.store(e[u], v); }, coefficient);
+      map_batch<true>(map, places, coefficient);
     }
   }
   for (; at >= begin; at -= kFewVectors * threads) {
-    int64_t e[kFewVectors];  // of the boundary before the vector's first element
-    int low[kFewVectors], high[kFewVectors];
+    Span places[kFewVectors];
     BNEXT_UNROLL
     for (int u = 0; u < kFewVectors; ++u) {
-      const Span span =
+      places[u] =
           span_of<kCount>((walk.row * m.extent.channels + channel) * inner, inner, walk.vector, phase);
-      e[u] = span.at;
-      low[u] = span.low;
-      high[u] = at - u * threads < begin ? 0 : span.high;
+      if (at - u * threads < begin) places[u].high = 0;
       walk.backward();
     }
-    map_batch<kFewVectors>(
-        map,
-        [&](int i, int u) {
-          return map.input(i).template load_any<Reuse::no>(e[u], low[u], high[u], Vector16{});
-        },
-        [&](int u, const Vector16& v) { output.store_any(e[u], low[u], high[u], v); }, coefficient);
+    map_batch<false>(map, places, coefficient);
   }
 }
 

@@ -87,6 +87,9 @@ BNEXT_DEVICE void store(T* p, T value) {
   *p = value;
 }
 
+// Sets bits of a word that other threads set bits of meanwhile; the order does not matter.
+BNEXT_DEVICE void set_bits(uint32_t* word, uint32_t bits) { atomicOr(word, bits); }
+
 // Called by all threads of `expected` blocks: true in the block that comes last, which sees by load16_fresh
 // all that the others wrote before. The counter is zero before the first and after the last. Thread 0
 // releases and acquires for its block, between two barriers.
@@ -135,6 +138,10 @@ inline Vector16 load16_fresh(const void* p) { return aligned_at<Vector16>(p); }
 template <class T>
 void store(T* p, T value) {
   aligned_at<T>(model::displaced(p)) = value;
+}
+
+inline void set_bits(uint32_t* word, uint32_t bits) {
+  model::set_bits(&aligned_at<uint32_t>(model::displaced(word)), bits);
 }
 
 #endif

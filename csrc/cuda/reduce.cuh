@@ -2,13 +2,16 @@
 // block of a group adds them in order and folds. Elements that are not there count as the center, which adds
 // nothing.
 //
-// A Reducer holds kInputs tensors of Storage and has
+// A Reducer is an operation over elements (see batch.cuh) and has
 // - Center center(channel): what deviations are taken from, and what else elements of the channel need;
 // - Centers, those of a vector: set(lane, center), at(lane), and fill(), a vector that adds nothing;
-// - add(sums, values, center), for a batch of elements of one channel;
-// - fold(channel, sums), what follows once per channel.
+// - add(sums, elements, center), for elements of one channel, which leaves what output(i) gets in values[i];
+// - fold(channel, sums), what follows once per channel;
+// - kReuse: whether a map comes after it;
+// - phase(), of the tensor on whose boundaries the vectors of planes should lie.
 #pragma once
 
+#include "cuda/batch.cuh"
 #include "cuda/sums.cuh"
 #include "cuda/tensors.cuh"
 #include "formulas.h"
@@ -60,23 +63,30 @@ BNEXT_DEVICE void total(const Reduction& r, int64_t first_channel, int channels,
   }
 }
 
-template <int kCount>
-struct Vectors {};
+// What add() left of an element, back into the batch, if it is to be written.
+template <class Reducer, int kVectors, int kCount>
+BNEXT_DEVICE void put_back(const Reducer& reducer, Batch<Reducer, kVectors>& batch, int vector, int lane,
+                           const Elements<Reducer, kCount>& elements, int k) {
+  BNEXT_UNROLL
+  for (int i = 0; i < Reducer::kOutputs; ++i) {
+    if (writes(reducer, i)) {
+      set_element<typename Reducer::Storage>(batch.input[i][vector], lane, elements.values[i][k]);
+    }
+  }
+}
 
 // A batch of vectors, one beneath the other: lane by lane into sums[lane].
 template <class Reducer, int kVectors>
-BNEXT_DEVICE void add_columns(const Reducer& reducer, const Vector16 (&raw)[Reducer::kInputs][kVectors],
+BNEXT_DEVICE void add_columns(const Reducer& reducer, Batch<Reducer, kVectors>& batch,
                               const typename Reducer::Centers& centers, Sums* sums) {
-  using T = typename Reducer::Storage;
   BNEXT_UNROLL
-  for (int lane = 0; lane < kLanes<T>; ++lane) {
-    typename Reducer::Math values[Reducer::kInputs][kVectors];
+  for (int lane = 0; lane < kLanes<typename Reducer::Storage>; ++lane) {
+    Elements<Reducer, kVectors> elements;
     BNEXT_UNROLL
-    for (int i = 0; i < Reducer::kInputs; ++i) {
-      BNEXT_UNROLL
-      for (int u = 0; u < kVectors; ++u) values[i][u] = element<T>(raw[i][u], lane);
-    }
-    reducer.add(sums[lane], values, centers.at(lane));
+    for (int u = 0; u < kVectors; ++u) elements.take(u, batch, u, lane);
+    reducer.add(sums[lane], elements, centers.at(lane));
+    BNEXT_UNROLL
+    for (int u = 0; u < kVectors; ++u) put_back(reducer, batch, u, lane, elements, u);
   }
 }
 
@@ -87,20 +97,34 @@ constexpr int kRunBatch = sizeof(T) == 8 ? 4 : 8;
 
 // The same of one channel: all lanes into one.
 template <class Reducer, int kVectors>
-BNEXT_DEVICE void add_run(const Reducer& reducer, const Vector16 (&raw)[Reducer::kInputs][kVectors],
+BNEXT_DEVICE void add_run(const Reducer& reducer, Batch<Reducer, kVectors>& batch,
                           const typename Reducer::Center& center, Sums& sums) {
   using T = typename Reducer::Storage;
   constexpr int kBatch = kRunBatch<T>, kTogether = kBatch / kLanes<T>;  // elements and vectors of a batch
   BNEXT_UNROLL
   for (int first = 0; first < kVectors; first += kTogether) {
-    typename Reducer::Math values[Reducer::kInputs][kBatch];
+    Elements<Reducer, kBatch> elements;
     BNEXT_UNROLL
-    for (int i = 0; i < Reducer::kInputs; ++i) {
-      BNEXT_UNROLL
-      for (int k = 0; k < kBatch; ++k)
-        values[i][k] = element<T>(raw[i][first + k / kLanes<T>], k % kLanes<T>);
-    }
-    reducer.add(sums, values, center);
+    for (int k = 0; k < kBatch; ++k) elements.take(k, batch, first + k / kLanes<T>, k % kLanes<T>);
+    reducer.add(sums, elements, center);
+    BNEXT_UNROLL
+    for (int k = 0; k < kBatch; ++k)
+      put_back(reducer, batch, first + k / kLanes<T>, k % kLanes<T>, elements, k);
+  }
+}
+
+// add(batch) of what lies at these places, then what that leaves to write.
+template <bool kWhole, class Reducer, int kVectors, class Add>
+BNEXT_DEVICE void reduce_batch(const Reducer& reducer, const Span (&places)[kVectors], const Vector16& fill,
+                               Add add) {
+  Batch<Reducer, kVectors> batch;
+  load_batch<Reducer::kReuse, kWhole>(reducer, places, fill, batch);
+  add(batch);
+  BNEXT_UNROLL
+  for (int i = 0; i < Reducer::kOutputs; ++i) {
+    if (!writes(reducer, i)) continue;
+    BNEXT_UNROLL
+    for (int u = 0; u < kVectors; ++u) store_vector<kWhole>(reducer, i, places[u], batch.input[i][u]);
   }
 }
 
@@ -139,41 +163,31 @@ BNEXT_DEVICE void reduce_rows(const Reduction& r, Reducer& reducer) {
   const int64_t begin = chunk * t.chunk, end = min_of(begin + t.chunk, t.rows),
                 stride = height * t.row_length;
   const int64_t base = group * t.group_width + column * kCount;
-  auto batch = [&]<int kCountOf>(Vectors<kCountOf>, auto load) {
-    Vector16 raw[Reducer::kInputs][kCountOf];
-    BNEXT_UNROLL
-    for (int i = 0; i < Reducer::kInputs; ++i) {
-      BNEXT_UNROLL
-      for (int u = 0; u < kCountOf; ++u) raw[i][u] = load(i, u);
-    }
-    add_columns<Reducer, kCountOf>(reducer, raw, centers, sums);
-  };
+  const auto add = [&](auto& batch) { add_columns(reducer, batch, centers, sums); };
   int64_t at = begin + row;
   if (r.aligned && lanes == kCount) {
     BNEXT_NO_UNROLL
     for (; at < end; at += kVectors * height) {
       const int64_t e = at * t.row_length + base;
       const int left = static_cast<int>(min_of<int64_t>(end - at, kVectors * height));
-      batch(Vectors<kVectors>{}, [&](int i, int u) {
-        return u * height < left ? reducer.input(i).template load<Reuse::yes>(e + u * stride)
-                                 : centers.fill();
-      });
+      Span places[kVectors];
+      BNEXT_UNROLL
+      for (int u = 0; u < kVectors; ++u) places[u] = {e + u * stride, 0, u * height < left ? kCount : 0};
+      reduce_batch<true>(reducer, places, centers.fill(), add);
     }
   } else if (lanes > 0) {
     for (; at < end; at += kFew * height) {
       const int64_t e = at * t.row_length + base;
-      batch(Vectors<kFew>{}, [&](int i, int u) {
-        const int high = at + u * height < end ? lanes : 0;
-        return reducer.input(i).template load_any<Reuse::yes>(e + u * stride, 0, high, centers.fill());
-      });
+      Span places[kFew];
+      BNEXT_UNROLL
+      for (int u = 0; u < kFew; ++u) places[u] = {e + u * stride, 0, at + u * height < end ? lanes : 0};
+      reduce_batch<false>(reducer, places, centers.fill(), add);
     }
   }
   // What is left of the matrix is less than a row.
   if (chunk == t.chunks - 1 && row == 0 && lanes > 0 && t.rows * t.row_length < r.extent.numel()) {
-    batch(Vectors<1>{}, [&](int i, int) {
-      return reducer.input(i).template load_any<Reuse::yes>(t.rows * t.row_length + base, 0, lanes,
-                                                            centers.fill());
-    });
+    const Span rest[1] = {{t.rows * t.row_length + base, 0, lanes}};
+    reduce_batch<false>(reducer, rest, centers.fill(), add);
   }
 
   // Columns of a group lie lane by lane, [lane][vector].
@@ -236,33 +250,30 @@ BNEXT_DEVICE void reduce_planes(const Reduction& r, Reducer& reducer) {
   Sums sums;
   Walk walk(begin + thread_index(), threads, t.vectors);
   int64_t at = begin + thread_index();
-  auto batch = [&]<int kCountOf>(Vectors<kCountOf>, auto load) {
-    Vector16 raw[Reducer::kInputs][kCountOf];
-    BNEXT_UNROLL
-    for (int u = 0; u < kCountOf; ++u) {
-      const int64_t run = (walk.row * r.extent.channels + channel) * inner;
-      BNEXT_UNROLL
-      for (int i = 0; i < Reducer::kInputs; ++i) raw[i][u] = load(i, u, run);
-      walk.forward();
-    }
-    add_run<Reducer, kCountOf>(reducer, raw, center, sums);
-    at += kCountOf * threads;
-  };
+  const auto add = [&](auto& batch) { add_run(reducer, batch, center, sums); };
   if (r.aligned) {
-    while (at < end) {
-      batch(Vectors<kVectors>{}, [&](int i, int u, int64_t run) {
-        return at + u * threads < end ? reducer.input(i).template load<Reuse::yes>(run + walk.vector * kCount)
-                                      : centers.fill();
-      });
+    for (; at < end; at += kVectors * threads) {
+      Span places[kVectors];
+      BNEXT_UNROLL
+      for (int u = 0; u < kVectors; ++u) {
+        const int64_t run = (walk.row * r.extent.channels + channel) * inner;
+        places[u] = {run + walk.vector * kCount, 0, at + u * threads < end ? kCount : 0};
+        walk.forward();
+      }
+      reduce_batch<true>(reducer, places, centers.fill(), add);
     }
   }
-  const int phase = phase_of(reducer.input(0).data);  // the others are read as that one lies
-  while (at < end) {
-    batch(Vectors<kFew>{}, [&](int i, int u, int64_t run) {
-      const Span span = span_of<kCount>(run, inner, walk.vector, phase);
-      const int high = at + u * threads < end ? span.high : 0;
-      return reducer.input(i).template load_any<Reuse::yes>(span.at, span.low, high, centers.fill());
-    });
+  const int phase = reducer.phase();
+  for (; at < end; at += kFew * threads) {
+    Span places[kFew];
+    BNEXT_UNROLL
+    for (int u = 0; u < kFew; ++u) {
+      places[u] =
+          span_of<kCount>((walk.row * r.extent.channels + channel) * inner, inner, walk.vector, phase);
+      if (at + u * threads >= end) places[u].high = 0;
+      walk.forward();
+    }
+    reduce_batch<false>(reducer, places, centers.fill(), add);
   }
 
   double* const memory = reinterpret_cast<double*>(block_memory());

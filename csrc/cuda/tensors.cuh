@@ -104,10 +104,14 @@ struct Output {
 
   BNEXT_DEVICE void store(int64_t e, const Vector16& v) const { store16(data + e, v, reuse); }
 
-  // Elements e + [low, high) as far as the tensor goes; e lies on a boundary of sixteen bytes.
+  // Elements e + [low, high) as far as the tensor goes, of any alignment; one by one where not a whole vector
+  // lies on a boundary.
   BNEXT_DEVICE void store_any(int64_t e, int low, int high, const Vector16& v) const {
     constexpr int kCount = kLanes<T>;
-    if (low <= 0 && high >= kCount && e >= 0 && e + kCount <= numel) return store(e, v);
+    if (low <= 0 && high >= kCount && e >= 0 && e + kCount <= numel &&
+        reinterpret_cast<uintptr_t>(data + e) % 16 == 0) {
+      return store(e, v);
+    }
     BNEXT_UNROLL
     for (int lane = 0; lane < kCount; ++lane) {
       if (lane >= low && lane < high && e + lane >= 0 && e + lane < numel) {

@@ -2,9 +2,9 @@
 // execution model, and writes what it gave to the file argv[2].
 //
 // Numbers are in the machine's own order. A call is a Call, then the tensors that it names, in that order; a
-// result is y, stats, running_mean, running_var, num_batches_tracked, dx, dweight, dbias, each as far as it
-// was asked for, then how many kernels forward and backward took. Every buffer lies between guard zones;
-// outputs begin as NaN.
+// result is y, mask, stats, running_mean, running_var, num_batches_tracked, dx, dweight, dbias, dresidual,
+// each as far as it was asked for, then how many kernels forward and backward took, which is what their plans
+// say. Every buffer lies between guard zones; outputs begin as NaN, and the mask as ones.
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -29,13 +29,15 @@ using namespace bnext;
 struct Call {
   int64_t outer, channels, inner;
   int64_t dtype, parameter_dtype;  // as in storage.h
-  int64_t has_weight, has_bias, has_running, has_counter;
+  int64_t has_residual, has_weight, has_bias, has_running, has_counter;
   int64_t training, cumulative, unbiased;
-  int64_t backward, want_dx, want_dweight, want_dbias;
-  int64_t shift_x, shift_dy, shift_out;  // elements from a boundary of 16 bytes to the tensor
+  int64_t in_place, mask;  // y over x; forward writes a mask, which backward reads
+  int64_t backward, want_dx, want_dweight, want_dbias, want_dresidual;
+  // Elements from a boundary of 16 bytes to the tensor.
+  int64_t shift_x, shift_dy, shift_out, shift_residual, shift_dresidual;
   int64_t order, seed, resident_blocks;
   int64_t multiprocessors, block_threads, l2;
-  int64_t skip_barrier, early_arrival, displace_stores;
+  int64_t skip_barrier, early_arrival, displace_stores, tear_atomics;
   int64_t activation;  // as in activation.h
   double eps, momentum, activation_param;
 };
@@ -111,16 +113,22 @@ void write(std::ostream& out, Buffer* buffer) {
   out.write(reinterpret_cast<const char*>(buffer->data()), static_cast<std::streamsize>(buffer->bytes()));
 }
 
-// Counters are zero before and after; everything else in the workspace is dirty.
+// Counters are zero before and after; everything else in the workspace is dirty. Gives the kernels launched.
 template <class Args, class Run>
-void with_workspace(const Args& args, const cuda::Plan& plan, Run run) {
+uint64_t run_planned(const Args& args, Pass pass, const cuda::Device& device, Run run) {
+  const cuda::Plan plan = make_plan(Problem(args, pass), device, cuda::aligned(args));
+  const uint64_t before = model::statistics().launches;
   Buffer scratch(static_cast<size_t>(plan.scratch_bytes));
   std::vector<unsigned> counters(static_cast<size_t>(plan.counters()), 0u);
-  run(args, plan, cuda::Workspace{nullptr, scratch.data(), counters.data()});
+  run(args, plan,
+      cuda::Workspace{nullptr, plan.scratch_bytes > 0 ? scratch.data() : nullptr, counters.data()});
   scratch.require_guards();
   for (const unsigned counter : counters) {
     if (counter != 0) throw std::runtime_error("a counter was left behind");
   }
+  const uint64_t launched = model::statistics().launches - before;
+  if (launched != static_cast<uint64_t>(plan.launches())) throw std::runtime_error("launches nobody planned");
+  return launched;
 }
 
 void make(const Call& call, std::istream& in, std::ostream& out) {
@@ -135,21 +143,24 @@ void make(const Call& call, std::istream& in, std::ostream& out) {
   Buffers buffers(in);
   Buffer* const x = buffers.read(true, bytes, shifted(call.shift_x));
   Buffer* const dy = buffers.read(call.backward != 0, bytes, shifted(call.shift_dy));
+  Buffer* const residual = buffers.read(call.has_residual != 0, bytes, shifted(call.shift_residual));
   Buffer* const weight = buffers.read(call.has_weight != 0, vector_bytes);
   Buffer* const bias = buffers.read(call.has_bias != 0, vector_bytes);
   Buffer* const running_mean = buffers.read(call.has_running != 0, vector_bytes);
   Buffer* const running_var = buffers.read(call.has_running != 0, vector_bytes);
   Buffer* const counter = buffers.read(call.has_counter != 0, sizeof(int64_t));
-  Buffer* const y = buffers.empty(true, bytes, shifted(call.shift_out));
+  Buffer* const y = call.in_place != 0 ? x : buffers.empty(true, bytes, shifted(call.shift_out));
+  Buffer* const mask = buffers.empty(call.mask != 0, static_cast<size_t>(mask_bytes(extent.numel())));
   Buffer* const stats = buffers.empty(true, 2 * channels * sizeof(double));
   Buffer* const dx = buffers.empty(call.want_dx != 0, bytes, shifted(call.shift_out));
   Buffer* const dweight = buffers.empty(call.want_dweight != 0, grad_bytes);
   Buffer* const dbias = buffers.empty(call.want_dbias != 0, grad_bytes);
+  Buffer* const dresidual = buffers.empty(call.want_dresidual != 0, bytes, shifted(call.shift_dresidual));
 
   model::set_options({static_cast<model::Options::Order>(call.order), static_cast<uint64_t>(call.seed),
                       static_cast<unsigned>(call.resident_blocks)});
   model::set_faults({static_cast<int>(call.skip_barrier), call.early_arrival != 0,
-                     static_cast<ptrdiff_t>(call.displace_stores)});
+                     static_cast<ptrdiff_t>(call.displace_stores), call.tear_atomics != 0});
   const cuda::Device device{static_cast<int>(call.multiprocessors), static_cast<int>(call.block_threads),
                             48 << 10, call.l2, 1e12};
   auto vector = [&](Buffer* buffer) { return ChannelVector{data(buffer), vector_dtype}; };
@@ -158,7 +169,9 @@ void make(const Call& call, std::istream& in, std::ostream& out) {
   forward.extent = extent;
   forward.dtype = dtype;
   forward.x = data(x);
+  forward.residual = data(residual);
   forward.y = data(y);
+  forward.mask = data(mask);
   forward.weight = vector(weight);
   forward.bias = vector(bias);
   forward.running_mean = vector(running_mean);
@@ -172,12 +185,10 @@ void make(const Call& call, std::istream& in, std::ostream& out) {
   forward.batch_statistics = call.training != 0;
   forward.unbiased_running_var = call.unbiased != 0;
   forward.activation = {static_cast<Activation>(call.activation), call.activation_param};
-  const uint64_t launches_before = model::statistics().launches;
-  const Pass forward_pass = call.training != 0 ? Pass::forward : Pass::inference;
-  with_workspace(forward, make_plan({extent, dtype, forward_pass}, device, cuda::aligned(forward)),
-                 cuda::forward);
+  uint64_t launches[2] = {};
+  launches[0] =
+      run_planned(forward, call.training != 0 ? Pass::forward : Pass::inference, device, cuda::forward);
 
-  const uint64_t launches_between = model::statistics().launches;
   if (call.backward != 0) {
     BackwardArgs backward;
     backward.extent = extent;
@@ -185,6 +196,10 @@ void make(const Call& call, std::istream& in, std::ostream& out) {
     backward.x = data(x);
     backward.dy = data(dy);
     backward.dx = data(dx);
+    if (forward.activation && mask == nullptr) backward.residual = forward.residual;
+    backward.mask = forward.mask;
+    backward.dresidual = data(dresidual);
+    backward.from_output = call.in_place != 0;
     backward.weight = vector(weight);
     backward.bias = vector(bias);
     backward.activation = forward.activation;
@@ -193,15 +208,12 @@ void make(const Call& call, std::istream& in, std::ostream& out) {
     backward.dweight = data(dweight);
     backward.dbias = data(dbias);
     backward.batch_statistics = call.training != 0;
-    const Pass backward_pass = call.training != 0 ? Pass::backward : Pass::frozen_backward;
-    with_workspace(backward, make_plan({extent, dtype, backward_pass}, device, cuda::aligned(backward)),
-                   cuda::backward);
+    launches[1] = run_planned(backward, call.training != 0 ? Pass::backward : Pass::frozen_backward, device,
+                              cuda::backward);
   }
   buffers.require_guards();
-  for (Buffer* result : {y, stats, running_mean, running_var, counter, dx, dweight, dbias})
+  for (Buffer* result : {y, mask, stats, running_mean, running_var, counter, dx, dweight, dbias, dresidual})
     write(out, result);
-  const uint64_t launches[] = {launches_between - launches_before,
-                               model::statistics().launches - launches_between};
   out.write(reinterpret_cast<const char*>(launches), sizeof launches);
 }
 

@@ -61,6 +61,7 @@ unsigned block_index() { return current->block->index; }
 unsigned block_count() { return launched->blocks; }
 std::byte* block_memory() { return current->block->memory.get(); }
 ptrdiff_t store_displacement() { return process.faults.displace_stores; }
+bool atomics_are_torn() { return process.faults.tear_atomics; }
 
 void sync_block() {
   const Unwatched unwatched;

@@ -31,6 +31,7 @@ struct Faults {
   int skip_barrier = -1;  // each thread passes its k-th sync_block(), from 0, neither waiting nor ordering
   bool early_arrival = false;     // last_to_arrive() says true to the first block instead of the last
   ptrdiff_t displace_stores = 0;  // bytes that displaced() adds
+  bool tear_atomics = false;      // set_bits() reads, and then writes
 };
 
 void set_options(const Options& options);
@@ -79,6 +80,18 @@ bool last_to_arrive(unsigned* counter, unsigned expected);
 
 // Bytes of Faults::displace_stores.
 ptrdiff_t store_displacement();
+
+// Faults::tear_atomics.
+bool atomics_are_torn();
+
+// An atomic access, and it orders nothing else. Here, where a sanitizer sees it.
+inline void set_bits(uint32_t* word, uint32_t bits) {
+  if (atomics_are_torn()) {
+    *word = *word | bits;
+  } else {
+    __atomic_fetch_or(word, bits, __ATOMIC_RELAXED);
+  }
+}
 
 // Where a store to p goes.
 template <class T>

@@ -115,6 +115,18 @@ void sum_over_grid(std::vector<unsigned>& partial, unsigned& counter) {
   require(times == 1, "last exactly once");
 }
 
+// Words that all threads of all blocks have a bit in.
+void shared_bits() {
+  in_all_orders([] {
+    std::vector<uint32_t> words(kBlocks * kThreads / 32);
+    launch(kBlocks, kThreads, 0, [&] {
+      const unsigned bit = thread_index() * kBlocks + block_index();
+      set_bits(&words[bit / 32], 1u << bit % 32);
+    });
+    for (const uint32_t word : words) require(word == 0xffffffffu, "bits");
+  });
+}
+
 void last_arrival() {
   in_all_orders([] {
     std::vector<unsigned> partial(kBlocks * kThreads);
@@ -211,11 +223,12 @@ void failing_thread() {
 }
 
 const Scenarios kScenarios = {
-    {"block_sum", block_sum},         {"many_blocks", many_blocks},
-    {"fresh_memory", fresh_memory},   {"local_arrays", local_arrays},
-    {"warp_exchange", warp_exchange}, {"last_arrival", last_arrival},
-    {"deadlock", deadlock},           {"divergence", divergence},
-    {"livelock", livelock},           {"failing_thread", failing_thread},
+    {"block_sum", block_sum},           {"many_blocks", many_blocks},
+    {"fresh_memory", fresh_memory},     {"local_arrays", local_arrays},
+    {"warp_exchange", warp_exchange},   {"shared_bits", shared_bits},
+    {"last_arrival", last_arrival},     {"deadlock", deadlock},
+    {"divergence", divergence},         {"livelock", livelock},
+    {"failing_thread", failing_thread},
 };
 
 }  // namespace

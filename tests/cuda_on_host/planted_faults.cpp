@@ -80,6 +80,15 @@ void race_between_blocks() {
   });
 }
 
+// An atomic access orders nothing, and does not help against one that is none.
+void race_bits_read_too_early() {
+  uint32_t word = 0, read = 0;
+  launch(1, kThreads, 0, [&] {
+    if (thread_index() < 32) set_bits(&word, 1u << thread_index());
+    if (thread_index() == 40) read = word;
+  });
+}
+
 // ---- faults for AddressSanitizer ----
 
 void overrun_block_memory() {
@@ -104,6 +113,7 @@ const Scenarios kPlanted = {
     {"race_skipped_barrier", race_skipped_barrier},
     {"race_early_arrival", race_early_arrival},
     {"race_between_blocks", race_between_blocks},
+    {"race_bits_read_too_early", race_bits_read_too_early},
     {"overrun_block_memory", overrun_block_memory},
     {"overrun_displaced_store", overrun_displaced_store},
 };

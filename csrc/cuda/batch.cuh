@@ -1,0 +1,86 @@
+// Vectors that a thread has in flight together, loaded from wherever they lie, for any operation over
+// elements.
+//
+// An operation, be it a Reducer or a Map, has tensors of Storage, computes in Math, and has
+// - kInputs tensors input(i), of which those from kSureInputs on may be null;
+// - kReadsMask, and if so mask();
+// - kOutputs tensors output(i), of which those from kSureOutputs on may be null.
+#pragma once
+
+#include "cuda/mask.cuh"
+#include "cuda/tensors.cuh"
+
+namespace bnext::cuda {
+
+template <class Operation, int kVectors>
+struct Batch {
+  Vector16 input[Operation::kInputs][kVectors];
+  uint32_t bits[kVectors];  // of the mask, lane by lane
+};
+
+// Elements of a batch, taken out.
+template <class Operation, int kCount>
+struct Elements {
+  typename Operation::Math values[Operation::kInputs][kCount];
+  bool passes[kCount];  // what the mask says
+
+  template <int kVectors>
+  BNEXT_DEVICE void take(int k, const Batch<Operation, kVectors>& batch, int vector, int lane) {
+    BNEXT_UNROLL
+    for (int i = 0; i < Operation::kInputs; ++i) {
+      values[i][k] = element<typename Operation::Storage>(batch.input[i][vector], lane);
+    }
+    passes[k] = (batch.bits[vector] >> lane & 1) != 0;
+  }
+};
+
+// kWhole: where there are any elements at all, there is a whole vector of them, on a boundary.
+template <Reuse kReuse, bool kWhole, class Operation, int kVectors>
+BNEXT_DEVICE void load_batch(const Operation& operation, const Span (&places)[kVectors], const Vector16& fill,
+                             Batch<Operation, kVectors>& batch) {
+  constexpr int kCount = kLanes<typename Operation::Storage>;
+  BNEXT_UNROLL
+  for (int i = 0; i < Operation::kInputs; ++i) {
+    const auto input = operation.input(i);
+    const bool there = i < Operation::kSureInputs || input.data != nullptr;
+    BNEXT_UNROLL
+    for (int u = 0; u < kVectors; ++u) {
+      const Span& place = places[u];
+      if constexpr (kWhole) {
+        batch.input[i][u] = there && place.high > 0 ? input.template load<kReuse>(place.at) : fill;
+      } else {
+        batch.input[i][u] =
+            there ? input.template load_any<kReuse>(place.at, place.low, place.high, fill) : fill;
+      }
+    }
+  }
+  BNEXT_UNROLL
+  for (int u = 0; u < kVectors; ++u) {
+    batch.bits[u] = 0;
+    if constexpr (Operation::kReadsMask) {
+      const Span& place = places[u];
+      const int64_t numel = operation.input(0).numel;
+      const bool there =
+          place.high > place.low && (kWhole || (place.at + place.high > 0 && place.at < numel));
+      if (there) batch.bits[u] = mask_bits<kCount>(operation.mask(), place.at);
+    }
+  }
+}
+
+// Of output i; `vector` holds what belongs there.
+template <bool kWhole, class Operation>
+BNEXT_DEVICE void store_vector(const Operation& operation, int i, const Span& place, const Vector16& vector) {
+  const auto output = operation.output(i);
+  if constexpr (kWhole) {
+    if (place.high > 0) output.store(place.at, vector);
+  } else {
+    output.store_any(place.at, place.low, place.high, vector);
+  }
+}
+
+template <class Operation>
+BNEXT_DEVICE bool writes(const Operation& operation, int i) {
+  return i < Operation::kSureOutputs || operation.output(i).data != nullptr;
+}
+
+}  // namespace bnext::cuda

@@ -1,0 +1,193 @@
+// Autograd nodes of the operators.
+//
+// What the forward keeps: x, or y where that was written over x; copies of weight and, where it takes part in
+// the activation's input, bias; the statistics; between a residual and an activation the mask, or the
+// residual. Never a running buffer.
+#pragma once
+
+#include <torch/csrc/autograd/functions/utils.h>
+#include <torch/csrc/autograd/saved_variable.h>
+#include <torch/csrc/autograd/variable.h>
+
+#include "checks.h"
+#include "double_backward.h"
+#include "ops.h"
+
+namespace bnext {
+
+using torch::autograd::SavedVariable;
+using torch::autograd::Variable;
+using torch::autograd::variable_list;
+
+// Nodes belong to shared pointers up to torch 2.11, to intrusive ones later; an edge tells.
+template <class N>
+using Held = std::conditional_t<
+    std::is_same_v<decltype(torch::autograd::Edge::function), std::shared_ptr<torch::autograd::Node>>,
+    std::shared_ptr<N>, c10::intrusive_ptr<N>>;
+
+template <class N, class... Arguments>
+Held<N> make_node(Arguments&&... arguments) {
+  if constexpr (std::is_same_v<Held<N>, std::shared_ptr<N>>) {
+    // torch's own deleter, found by the base class: it takes a long graph apart without recursion.
+    return Held<N>(new N(std::forward<Arguments>(arguments)...), [](N* node) { deleteNode(node); });
+  } else {
+    return c10::make_intrusive<N>(std::forward<Arguments>(arguments)...);
+  }
+}
+
+// To the node itself, for an output that it keeps.
+template <class N>
+Held<N> held(N* node) {
+  if constexpr (std::is_same_v<Held<N>, std::shared_ptr<N>>) {
+    return node->getptr();
+  } else {
+    return Held<N>::reclaim_copy(node);
+  }
+}
+
+inline OptionalTensor optional(const at::Tensor& t) { return t.defined() ? OptionalTensor(t) : std::nullopt; }
+
+// What a parameter's gradient has to look like: any shape of C elements will do, in the input's dtype or
+// float32.
+struct Likeness {
+  at::ScalarType dtype = at::ScalarType::Undefined;
+  at::DimVector sizes;
+
+  explicit Likeness(const OptionalTensor& parameter) {
+    if (!present(parameter)) return;
+    dtype = parameter->scalar_type();
+    sizes = parameter->sizes();
+  }
+  at::Tensor of(at::Tensor grad) const {
+    if (grad.scalar_type() != dtype) grad = grad.to(dtype);
+    return sizes.size() == 1 ? grad : grad.view(sizes);
+  }
+};
+
+// An activation that outlives the call.
+struct SavedActivation {
+  ActivationSpec spec;
+  ActivationName name;  // of the table in activation.h
+  std::optional<double> param;
+
+  SavedActivation(ActivationName given, std::optional<double> given_param)
+      : spec(require_activation(given, given_param)), param(given_param) {
+    if (spec) name = activation_name(spec.kind);
+  }
+};
+
+// A copy of the weight that stands in the graph where the weight does: loading a state between forward and
+// backward must not disturb backward.
+inline at::Tensor copy_for_backward(const OptionalTensor& weight) {
+  if (!present(weight)) return {};
+  at::Tensor copy;
+  {
+    at::AutoDispatchBelowADInplaceOrView below;
+    copy = weight->clone();
+  }
+  if (weight->requires_grad()) {
+    torch::autograd::impl::set_gradient_edge(copy, torch::autograd::impl::gradient_edge(*weight));
+  }
+  return copy;
+}
+
+// From y to x, residual, weight and bias: written out as torch's own nodes are, because
+// torch::autograd::Function takes longer than a small batch does.
+struct BatchNormNode : torch::autograd::Node {
+  SavedVariable x;  // from_output: y, an output of this node
+  SavedVariable residual, mask, weight, bias, stats;
+  Likeness weight_like, bias_like;
+  bool training, from_output;
+  SavedActivation activation;
+
+  BatchNormNode(const Variable& input, const OptionalTensor& given_residual,
+                const OptionalTensor& given_weight, const OptionalTensor& given_bias, bool training,
+                const SavedActivation& activation, bool from_output)
+      : Node(torch::autograd::collect_next_edges(input, given_residual, given_weight, given_bias)),
+        weight(copy_for_backward(given_weight), /*is_output=*/false),
+        bias(activation.spec || from_output ? copy_for_backward(given_bias) : at::Tensor(),
+             /*is_output=*/false),
+        weight_like(given_weight),
+        bias_like(given_bias),
+        training(training),
+        from_output(from_output),
+        activation(activation) {
+    if (!from_output) x = SavedVariable(input, /*is_output=*/false);
+    if (present(given_residual) && activation.spec && !is_masked(activation.spec.kind)) {
+      residual = SavedVariable(*given_residual, /*is_output=*/false);
+    }
+  }
+
+  std::string name() const override { return "bnext::BatchNormBackward"; }
+
+  void release_variables() override {
+    std::lock_guard<std::mutex> lock(mutex_);
+    for (SavedVariable* saved : {&x, &residual, &mask, &weight, &bias, &stats}) saved->reset_data();
+  }
+
+  variable_list apply(variable_list&& grads) override {
+    std::lock_guard<std::mutex> lock(mutex_);
+    variable_list result(4);
+    const at::Tensor& dy = grads[0];
+    if (!dy.defined()) return result;
+    const bool wants_residual = task_should_compute_output(1);
+    const std::array<bool, 4> wanted{task_should_compute_output(0), task_should_compute_output(2),
+                                     task_should_compute_output(3), wants_residual && activation.spec};
+    if (wants_residual && !activation.spec) result[1] = dy;
+    if (wanted == std::array<bool, 4>{}) return result;
+    auto [dx, dweight, dbias, dresidual] = backward_operator().call(
+        dy, from_output ? x.unpack(held<Node>(this)) : x.unpack(), optional(residual.unpack()),
+        optional(mask.unpack()), optional(weight.unpack()), optional(bias.unpack()), stats.unpack(), training,
+        activation.name, activation.param, from_output, wanted);
+    if (wanted[0]) result[0] = std::move(dx);
+    if (wanted[1]) result[2] = weight_like.of(std::move(dweight));
+    if (wanted[2]) result[3] = bias_like.of(std::move(dbias));
+    if (wanted[3]) result[1] = std::move(dresidual);
+    return result;
+  }
+};
+
+// From dx, dweight, dbias and dresidual to dy, x, residual, weight and bias.
+struct BatchNormBackwardNode : torch::autograd::Node {
+  SavedVariable dy, x, residual, mask, weight, bias, stats;
+  bool training, from_output;
+  SavedActivation activation;
+
+  BatchNormBackwardNode(const Variable& dy, const Variable& x, const OptionalTensor& residual,
+                        const OptionalTensor& mask, const OptionalTensor& weight, const OptionalTensor& bias,
+                        const Variable& stats, bool training, const SavedActivation& activation,
+                        bool from_output)
+      : Node(torch::autograd::collect_next_edges(dy, x, residual, weight, bias)),
+        dy(dy, /*is_output=*/false),
+        x(x, /*is_output=*/false),
+        residual(residual.value_or(at::Tensor()), /*is_output=*/false),
+        mask(mask.value_or(at::Tensor()), /*is_output=*/false),
+        weight(weight.value_or(at::Tensor()), /*is_output=*/false),
+        bias(bias.value_or(at::Tensor()), /*is_output=*/false),
+        stats(stats, /*is_output=*/false),
+        training(training),
+        from_output(from_output),
+        activation(activation) {}
+
+  std::string name() const override { return "bnext::BatchNormBackwardBackward"; }
+
+  void release_variables() override {
+    std::lock_guard<std::mutex> lock(mutex_);
+    for (SavedVariable* saved : {&dy, &x, &residual, &mask, &weight, &bias, &stats}) saved->reset_data();
+  }
+
+  variable_list apply(variable_list&& grads) override {
+    std::lock_guard<std::mutex> lock(mutex_);
+    TORCH_CHECK_NOT_IMPLEMENTED(!from_output,
+                                "bnext::batch_norm_ has no second derivative: expected inplace=False where "
+                                "gradients are differentiated");
+    const Cotangents to{grads[0], grads[1], grads[2], grads[3]};
+    BackwardInputs given{dy.unpack(),     x.unpack(),    residual.unpack(), mask.unpack(),
+                         weight.unpack(), bias.unpack(), stats.unpack()};
+    BackwardInputs result = double_backward(to, given, training, activation.spec);
+    return {std::move(result.dy), std::move(result.x), std::move(result.residual), std::move(result.weight),
+            std::move(result.bias)};
+  }
+};
+
+}  // namespace bnext

@@ -1,0 +1,60 @@
+"""The operators, and their arguments for a problem."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from problem import Problem
+
+FORWARD = torch.ops.bnext.batch_norm.default
+INPLACE = torch.ops.bnext.batch_norm_.default
+BACKWARD = torch.ops.bnext.batch_norm_backward.default
+
+
+def forward_arguments(
+    problem: Problem, momentum: float | None = 0.1, for_backward: bool = False
+) -> tuple[Any, ...]:
+    counter = torch.tensor(2, device=problem.x.device) if problem.batch else None
+    return (
+        problem.x,
+        problem.residual,
+        problem.weight,
+        problem.bias,
+        problem.running_mean,
+        problem.running_var,
+        counter,
+        problem.batch,
+        momentum,
+        problem.eps,
+        True,
+        [],
+        problem.activation,
+        problem.activation_param,
+        for_backward,
+    )
+
+
+def inplace_arguments(problem: Problem) -> tuple[Any, ...]:
+    """Over a copy of x."""
+    _, _, *others = forward_arguments(problem)
+    return problem.copied(), *others
+
+
+def backward_arguments(problem: Problem, wanted: tuple[bool, ...] = (True, True, True)) -> tuple[Any, ...]:
+    """What autograd passes on: dresidual comes last in `wanted`, and may be left out."""
+    p, x, residual, mask = problem, problem.x, problem.residual, None
+    with torch.no_grad():
+        if p.inplace:
+            arguments = inplace_arguments(p)
+            x, stats = arguments[0], INPLACE(*arguments)
+        else:
+            _, stats, mask = FORWARD(*forward_arguments(p, for_backward=True))
+    if mask is not None and not mask.numel():
+        mask = None
+    if mask is not None or p.activation is None:
+        residual = None
+    activation = p.activation, p.activation_param
+    output_mask = [*wanted, *[False] * (4 - len(wanted))]
+    return p.dy, x, residual, mask, p.weight, p.bias, stats, p.batch, *activation, p.inplace, output_mask
