@@ -64,7 +64,7 @@ class Toolkit:
         objects = {source: folder / f"{source.name}.o" for source in sorted(Path().glob(SOURCES))}
         stale = [source for source, target in objects.items() if not _is_current(target, command)]
         workers = max(1, min(len(stale), jobs()))
-        threads = max(1, jobs() // workers)  # of one nvcc: so many architectures at a time
+        threads = jobs()  # of one nvcc, each an architecture: for the longest file, when the others are done
         if stale:
             print(f"nvcc compiles {', '.join(map(str, stale))}", flush=True)
         with ThreadPoolExecutor(workers) as pool:

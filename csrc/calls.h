@@ -9,16 +9,19 @@
 
 namespace bnext {
 
-// Of batch_norm and batch_norm_, but for the tensors as large as the input.
+// Of batch_norm and batch_norm_, which has no residual.
 struct ForwardCall {
-  const OptionalTensor &weight, &bias, &running_mean, &running_var, &num_batches_tracked;
+  const at::Tensor& x;
+  const OptionalTensor &residual, &weight, &bias, &running_mean, &running_var, &num_batches_tracked;
   bool training;
   std::optional<double> momentum;
   double eps;
   bool unbiased_running_var;
+  at::IntArrayRef ndims;
   ActivationSpec activation;
+  bool for_backward;
 
-  void check(const at::Tensor& x, at::IntArrayRef ndims) const {
+  void check() const {
     require_input(x, ndims);
     if (training) require_enough_values(x);
     require_eps(eps, training);
@@ -29,11 +32,12 @@ struct ForwardCall {
     for (const auto& [name, vector] : vectors) require_channel_vector(name, vector, x);
     for (const auto& [name, vector] : vectors) dtypes.require(name, vector);
     require_counter(num_batches_tracked, x);
+    require_like_input("residual", residual, x);
   }
 
   // Bytes of the mask that backward will read; 0: none.
   template <class Size>
-  Size mask_size(const OptionalTensor& residual, bool for_backward, const Size& numel) const {
+  Size mask_size(const Size& numel) const {
     return for_backward && present(residual) && is_masked(activation.kind) ? mask_bytes(numel) : Size(0);
   }
 };
@@ -42,6 +46,7 @@ struct BackwardCall {
   const at::Tensor &dy, &x;
   const OptionalTensor &residual, &mask, &weight, &bias;
   const at::Tensor& stats;
+  bool training;
   ActivationSpec activation;
   bool from_output;
   std::array<bool, 4> output_mask;
@@ -63,5 +68,48 @@ struct BackwardCall {
   // Of dweight and dbias.
   at::ScalarType parameter_dtype() const { return x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat; }
 };
+
+// From the operators' argument lists, which stand in ops.h, to an implementation of the call.
+template <ForwardResult (*Implementation)(const ForwardCall&)>
+ForwardResult batch_norm(const at::Tensor& x, const OptionalTensor& residual, const OptionalTensor& weight,
+                         const OptionalTensor& bias, const OptionalTensor& running_mean,
+                         const OptionalTensor& running_var, const OptionalTensor& num_batches_tracked,
+                         bool training, std::optional<double> momentum, double eps, bool unbiased_running_var,
+                         at::IntArrayRef ndims, ActivationName activation,
+                         std::optional<double> activation_param, bool for_backward) {
+  return Implementation({x, residual, weight, bias, running_mean, running_var, num_batches_tracked, training,
+                         momentum, eps, unbiased_running_var, ndims,
+                         require_activation(activation, activation_param), for_backward});
+}
+
+template <at::Tensor (*Implementation)(const ForwardCall&)>
+at::Tensor batch_norm_inplace(const at::Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias,
+                              const OptionalTensor& running_mean, const OptionalTensor& running_var,
+                              const OptionalTensor& num_batches_tracked, bool training,
+                              std::optional<double> momentum, double eps, bool unbiased_running_var,
+                              at::IntArrayRef ndims, ActivationName activation,
+                              std::optional<double> activation_param, bool for_backward) {
+  return Implementation({x, std::nullopt, weight, bias, running_mean, running_var, num_batches_tracked,
+                         training, momentum, eps, unbiased_running_var, ndims,
+                         require_activation(activation, activation_param), for_backward});
+}
+
+template <BackwardResult (*Implementation)(const BackwardCall&)>
+BackwardResult batch_norm_backward(const at::Tensor& dy, const at::Tensor& x, const OptionalTensor& residual,
+                                   const OptionalTensor& mask, const OptionalTensor& weight,
+                                   const OptionalTensor& bias, const at::Tensor& stats, bool training,
+                                   ActivationName activation, std::optional<double> activation_param,
+                                   bool from_output, std::array<bool, 4> output_mask) {
+  return Implementation({dy, x, residual, mask, weight, bias, stats, training,
+                         require_activation(activation, activation_param), from_output, output_mask});
+}
+
+// dense: the same for every device that has an engine. meta: shapes, for torch.compile and export.
+ForwardResult forward_dense(const ForwardCall& call);
+ForwardResult forward_meta(const ForwardCall& call);
+at::Tensor inplace_dense(const ForwardCall& call);
+at::Tensor inplace_meta(const ForwardCall& call);
+BackwardResult backward_dense(const BackwardCall& call);
+BackwardResult backward_meta(const BackwardCall& call);
 
 }  // namespace bnext

@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "calls.h"
 #include "cpu/launch.h"
 #include "cpu/memory.h"
 #include "cpu/tiles.h"
@@ -51,21 +52,21 @@ TORCH_LIBRARY(bnext, m) {
 }
 
 TORCH_LIBRARY_IMPL(bnext, CPU, m) {
-  m.impl("batch_norm", bnext::batch_norm_dense);
-  m.impl("batch_norm_", bnext::batch_norm_inplace_dense);
-  m.impl("batch_norm_backward", bnext::batch_norm_backward_dense);
+  m.impl("batch_norm", bnext::batch_norm<bnext::forward_dense>);
+  m.impl("batch_norm_", bnext::batch_norm_inplace<bnext::inplace_dense>);
+  m.impl("batch_norm_backward", bnext::batch_norm_backward<bnext::backward_dense>);
 }
 
 TORCH_LIBRARY_IMPL(bnext, CUDA, m) {
-  m.impl("batch_norm", bnext::batch_norm_dense);
-  m.impl("batch_norm_", bnext::batch_norm_inplace_dense);
-  m.impl("batch_norm_backward", bnext::batch_norm_backward_dense);
+  m.impl("batch_norm", bnext::batch_norm<bnext::forward_dense>);
+  m.impl("batch_norm_", bnext::batch_norm_inplace<bnext::inplace_dense>);
+  m.impl("batch_norm_backward", bnext::batch_norm_backward<bnext::backward_dense>);
 }
 
 TORCH_LIBRARY_IMPL(bnext, Meta, m) {
-  m.impl("batch_norm", bnext::batch_norm_meta);
-  m.impl("batch_norm_", bnext::batch_norm_inplace_meta);
-  m.impl("batch_norm_backward", bnext::batch_norm_backward_meta);
+  m.impl("batch_norm", bnext::batch_norm<bnext::forward_meta>);
+  m.impl("batch_norm_", bnext::batch_norm_inplace<bnext::inplace_meta>);
+  m.impl("batch_norm_backward", bnext::batch_norm_backward<bnext::backward_meta>);
 }
 
 TORCH_LIBRARY_IMPL(bnext, Autograd, m) {

@@ -36,11 +36,12 @@ Held<N> make_node(Arguments&&... arguments) {
 }
 
 // To the node itself, for an output that it keeps.
-inline auto held(torch::autograd::Node& node) {
-  if constexpr (std::is_same_v<Held<torch::autograd::Node>, std::shared_ptr<torch::autograd::Node>>) {
-    return node.getptr();
+template <class N>
+Held<N> held(N* node) {
+  if constexpr (std::is_same_v<Held<N>, std::shared_ptr<N>>) {
+    return node->getptr();
   } else {
-    return Held<torch::autograd::Node>::reclaim_copy(&node);
+    return Held<N>::reclaim_copy(node);
   }
 }
 
@@ -135,7 +136,7 @@ struct BatchNormNode : torch::autograd::Node {
     if (wants_residual && !activation.spec) result[1] = dy;
     if (wanted == std::array<bool, 4>{}) return result;
     auto [dx, dweight, dbias, dresidual] = backward_operator().call(
-        dy, from_output ? x.unpack(held(*this)) : x.unpack(), optional(residual.unpack()),
+        dy, from_output ? x.unpack(held<Node>(this)) : x.unpack(), optional(residual.unpack()),
         optional(mask.unpack()), optional(weight.unpack()), optional(bias.unpack()), stats.unpack(), training,
         activation.name, activation.param, from_output, wanted);
     if (wanted[0]) result[0] = std::move(dx);

@@ -100,9 +100,10 @@ at::Tensor dense_like(const Input& input, const OptionalTensor& t) {
 const void* pointer(const at::Tensor& t) { return t.defined() ? t.const_data_ptr() : nullptr; }
 
 // Into y, and the mask if it is wanted; returns stats. y may be the input.
-at::Tensor run_forward(const ForwardCall& call, const Input& input, const at::Tensor& residual,
-                       const at::Tensor& y, const at::Tensor& mask) {
+at::Tensor run_forward(const ForwardCall& call, const Input& input, const at::Tensor& y,
+                       const at::Tensor& mask) {
   const at::Tensor& x = input.dense;
+  const at::Tensor residual = dense_like(input, call.residual);
   const Parameter w(call.weight), b(call.bias), mean(call.running_mean), var(call.running_var);
   if (call.training) {
     mean.require_writable();
@@ -140,87 +141,49 @@ at::Tensor run_forward(const ForwardCall& call, const Input& input, const at::Te
 
 }  // namespace
 
-ForwardResult batch_norm_dense(const at::Tensor& x, const OptionalTensor& residual,
-                               const OptionalTensor& weight, const OptionalTensor& bias,
-                               const OptionalTensor& running_mean, const OptionalTensor& running_var,
-                               const OptionalTensor& num_batches_tracked, bool training,
-                               std::optional<double> momentum, double eps, bool unbiased_running_var,
-                               at::IntArrayRef ndims, ActivationName activation,
-                               std::optional<double> activation_param, bool for_backward) {
-  const ForwardCall call{weight,
-                         bias,
-                         running_mean,
-                         running_var,
-                         num_batches_tracked,
-                         training,
-                         momentum,
-                         eps,
-                         unbiased_running_var,
-                         require_activation(activation, activation_param)};
-  call.check(x, ndims);
-  require_like_input("residual", residual, x);
-  require_engine(x);
-  const Input input(x);
+ForwardResult forward_dense(const ForwardCall& call) {
+  call.check();
+  require_engine(call.x);
+  const Input input(call.x);
   at::Tensor y = empty_output(input.dense, input.format);
-  at::Tensor mask = empty_vector({call.mask_size(residual, for_backward, x.numel())}, at::kByte, x);
-  at::Tensor stats = run_forward(call, input, dense_like(input, residual), y, mask);
+  at::Tensor mask = empty_vector({call.mask_size(call.x.numel())}, at::kByte, call.x);
+  at::Tensor stats = run_forward(call, input, y, mask);
   return {y, stats, mask};
 }
 
-at::Tensor batch_norm_inplace_dense(const at::Tensor& x, const OptionalTensor& weight,
-                                    const OptionalTensor& bias, const OptionalTensor& running_mean,
-                                    const OptionalTensor& running_var,
-                                    const OptionalTensor& num_batches_tracked, bool training,
-                                    std::optional<double> momentum, double eps, bool unbiased_running_var,
-                                    at::IntArrayRef ndims, ActivationName activation,
-                                    std::optional<double> activation_param, bool for_backward) {
-  const ForwardCall call{weight,
-                         bias,
-                         running_mean,
-                         running_var,
-                         num_batches_tracked,
-                         training,
-                         momentum,
-                         eps,
-                         unbiased_running_var,
-                         require_activation(activation, activation_param)};
-  call.check(x, ndims);
+at::Tensor inplace_dense(const ForwardCall& call) {
+  const at::Tensor& x = call.x;
+  call.check();
   require_invertible(call.activation);
   require_engine(x);
-  if (for_backward) require_recoverable(weight);
+  if (call.for_backward) require_recoverable(call.weight);
   TORCH_CHECK(!x.is_inference() || c10::InferenceMode::is_enabled(),
               "Inplace update to inference tensor outside InferenceMode is not allowed.");
   at::assert_no_internal_overlap(x);
   const Input input(x);
-  at::Tensor stats = run_forward(call, input, {}, input.dense, empty_vector({0}, at::kByte, x));
+  at::Tensor stats = run_forward(call, input, input.dense, empty_vector({0}, at::kByte, x));
   if (!input.dense.is_same(x)) x.copy_(input.dense);
   return stats;
 }
 
-BackwardResult batch_norm_backward_dense(const at::Tensor& dy, const at::Tensor& x,
-                                         const OptionalTensor& residual, const OptionalTensor& mask,
-                                         const OptionalTensor& weight, const OptionalTensor& bias,
-                                         const at::Tensor& stats, bool training, ActivationName activation,
-                                         std::optional<double> activation_param, bool from_output,
-                                         std::array<bool, 4> output_mask) {
-  const BackwardCall call{dy,          x,          residual, mask,
-                          weight,      bias,       stats,    require_activation(activation, activation_param),
-                          from_output, output_mask};
+BackwardResult backward_dense(const BackwardCall& call) {
+  const at::Tensor& x = call.x;
+  const std::array<bool, 4>& wanted = call.output_mask;
   call.check();
   require_engine(x);
   const Input input(x);
-  const at::Tensor dense_dy = dy.contiguous(input.format), dense_stats = stats.contiguous();
-  const at::Tensor dense_residual = dense_like(input, residual);
-  const at::Tensor dense_mask = present(mask) ? mask->contiguous() : at::Tensor();
-  const Parameter w(weight), b(bias);
-  auto like_x = [&](bool wanted) {
-    return wanted ? empty_output(input.dense, input.format) : empty_vector({0}, x.scalar_type(), x);
+  const at::Tensor dense_dy = call.dy.contiguous(input.format), dense_stats = call.stats.contiguous();
+  const at::Tensor dense_residual = dense_like(input, call.residual);
+  const at::Tensor dense_mask = present(call.mask) ? call.mask->contiguous() : at::Tensor();
+  const Parameter w(call.weight), b(call.bias);
+  auto like_x = [&](bool some) {
+    return some ? empty_output(input.dense, input.format) : empty_vector({0}, x.scalar_type(), x);
   };
-  auto per_channel = [&](bool wanted) {
-    return empty_vector({wanted ? x.size(1) : 0}, call.parameter_dtype(), x);
+  auto per_channel = [&](bool some) {
+    return empty_vector({some ? x.size(1) : 0}, call.parameter_dtype(), x);
   };
-  at::Tensor dx = like_x(output_mask[0] || output_mask[3]), dresidual = like_x(output_mask[3]);
-  at::Tensor dweight = per_channel(output_mask[1]), dbias = per_channel(output_mask[2]);
+  at::Tensor dx = like_x(wanted[0] || wanted[3]), dresidual = like_x(wanted[3]);
+  at::Tensor dweight = per_channel(wanted[1]), dbias = per_channel(wanted[2]);
 
   BackwardArgs args;
   args.extent = input.extent;
@@ -229,21 +192,21 @@ BackwardResult batch_norm_backward_dense(const at::Tensor& dy, const at::Tensor&
   args.dy = dense_dy.const_data_ptr();
   args.residual = pointer(dense_residual);
   args.mask = pointer(dense_mask);
-  args.dx = output_mask[0] || output_mask[3] ? dx.data_ptr() : nullptr;
-  args.dresidual = output_mask[3] ? dresidual.data_ptr() : nullptr;
+  args.dx = wanted[0] || wanted[3] ? dx.data_ptr() : nullptr;
+  args.dresidual = wanted[3] ? dresidual.data_ptr() : nullptr;
   args.weight = w.vector();
   args.bias = b.vector();
   args.activation = call.activation;
   args.mean = dense_stats.const_data_ptr<double>();
   args.invstd = args.mean + x.size(1);
-  args.dweight = output_mask[1] ? dweight.data_ptr() : nullptr;
-  args.dbias = output_mask[2] ? dbias.data_ptr() : nullptr;
-  args.batch_statistics = training;
-  args.from_output = from_output;
-  if (output_mask != std::array<bool, 4>{}) {
-    run(args, training ? Pass::backward : Pass::frozen_backward, x);
+  args.dweight = wanted[1] ? dweight.data_ptr() : nullptr;
+  args.dbias = wanted[2] ? dbias.data_ptr() : nullptr;
+  args.batch_statistics = call.training;
+  args.from_output = call.from_output;
+  if (wanted != std::array<bool, 4>{}) {
+    run(args, call.training ? Pass::backward : Pass::frozen_backward, x);
   }
-  if (!output_mask[0]) dx = like_x(false);  // made for the map that gives dresidual
+  if (!wanted[0]) dx = like_x(false);  // made for the map that gives dresidual
   return {dx, dweight, dbias, dresidual};
 }
 

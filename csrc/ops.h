@@ -41,10 +41,9 @@ using BackwardSignature = BackwardResult(const at::Tensor& dy, const at::Tensor&
                                          std::optional<double> activation_param, bool from_output,
                                          std::array<bool, 4> output_mask);
 
-// dense: the same for every device that has an engine.
-ForwardSignature batch_norm_dense, batch_norm_meta, batch_norm_autograd;
-InplaceSignature batch_norm_inplace_dense, batch_norm_inplace_meta, batch_norm_inplace_autograd;
-BackwardSignature batch_norm_backward_dense, batch_norm_backward_meta, batch_norm_backward_autograd;
+ForwardSignature batch_norm_autograd;
+InplaceSignature batch_norm_inplace_autograd;
+BackwardSignature batch_norm_backward_autograd;
 
 // The operators as the dispatcher calls them: every mode and every key on the tensors has its say.
 const c10::TypedOperatorHandle<ForwardSignature>& forward_operator();

@@ -4,74 +4,41 @@
 #include "calls.h"
 
 namespace bnext {
+namespace {
 
-ForwardResult batch_norm_meta(const at::Tensor& x, const OptionalTensor& residual,
-                              const OptionalTensor& weight, const OptionalTensor& bias,
-                              const OptionalTensor& running_mean, const OptionalTensor& running_var,
-                              const OptionalTensor& num_batches_tracked, bool training,
-                              std::optional<double> momentum, double eps, bool unbiased_running_var,
-                              at::IntArrayRef ndims, ActivationName activation,
-                              std::optional<double> activation_param, bool for_backward) {
-  const ForwardCall call{weight,
-                         bias,
-                         running_mean,
-                         running_var,
-                         num_batches_tracked,
-                         training,
-                         momentum,
-                         eps,
-                         unbiased_running_var,
-                         require_activation(activation, activation_param)};
-  call.check(x, ndims);
-  require_like_input("residual", residual, x);
-  const auto mask_size = call.mask_size(residual, for_backward, x.sym_numel());
-  return {at::empty_symint(x.sym_sizes(), x.options(), memory_format_of(x)),
-          at::empty_symint({2, x.sym_size(1)}, x.options().dtype(at::kDouble)),
-          at::empty_symint({mask_size}, x.options().dtype(at::kByte))};
+at::Tensor shaped_like(const at::Tensor& x) {
+  return at::empty_symint(x.sym_sizes(), x.options(), memory_format_of(x));
 }
 
-at::Tensor batch_norm_inplace_meta(const at::Tensor& x, const OptionalTensor& weight,
-                                   const OptionalTensor& bias, const OptionalTensor& running_mean,
-                                   const OptionalTensor& running_var,
-                                   const OptionalTensor& num_batches_tracked, bool training,
-                                   std::optional<double> momentum, double eps, bool unbiased_running_var,
-                                   at::IntArrayRef ndims, ActivationName activation,
-                                   std::optional<double> activation_param, bool) {
-  const ForwardCall call{weight,
-                         bias,
-                         running_mean,
-                         running_var,
-                         num_batches_tracked,
-                         training,
-                         momentum,
-                         eps,
-                         unbiased_running_var,
-                         require_activation(activation, activation_param)};
-  call.check(x, ndims);
-  require_invertible(call.activation);
+at::Tensor stats_of(const at::Tensor& x) {
   return at::empty_symint({2, x.sym_size(1)}, x.options().dtype(at::kDouble));
 }
 
-BackwardResult batch_norm_backward_meta(const at::Tensor& dy, const at::Tensor& x,
-                                        const OptionalTensor& residual, const OptionalTensor& mask,
-                                        const OptionalTensor& weight, const OptionalTensor& bias,
-                                        const at::Tensor& stats, bool, ActivationName activation,
-                                        std::optional<double> activation_param, bool from_output,
-                                        std::array<bool, 4> output_mask) {
-  const BackwardCall call{dy,          x,          residual, mask,
-                          weight,      bias,       stats,    require_activation(activation, activation_param),
-                          from_output, output_mask};
+}  // namespace
+
+ForwardResult forward_meta(const ForwardCall& call) {
   call.check();
-  auto like_x = [&](bool wanted) {
-    return wanted ? at::empty_symint(x.sym_sizes(), x.options(), memory_format_of(x))
-                  : at::empty_symint({0}, x.options());
+  const at::Tensor& x = call.x;
+  return {shaped_like(x), stats_of(x),
+          at::empty_symint({call.mask_size(x.sym_numel())}, x.options().dtype(at::kByte))};
+}
+
+at::Tensor inplace_meta(const ForwardCall& call) {
+  call.check();
+  require_invertible(call.activation);
+  return stats_of(call.x);
+}
+
+BackwardResult backward_meta(const BackwardCall& call) {
+  call.check();
+  const at::Tensor& x = call.x;
+  auto vector = [&](bool wanted, const c10::SymInt& size, at::ScalarType dtype) {
+    return at::empty_symint({wanted ? size : c10::SymInt(0)}, x.options().dtype(dtype));
   };
-  const auto options = x.options().dtype(call.parameter_dtype());
-  auto per_channel = [&](bool wanted) {
-    return at::empty_symint({wanted ? x.sym_size(1) : c10::SymInt(0)}, options);
-  };
-  return {like_x(output_mask[0]), per_channel(output_mask[1]), per_channel(output_mask[2]),
-          like_x(output_mask[3])};
+  auto like_x = [&](bool wanted) { return wanted ? shaped_like(x) : vector(false, 0, x.scalar_type()); };
+  auto per_channel = [&](bool wanted) { return vector(wanted, x.sym_size(1), call.parameter_dtype()); };
+  const auto& wanted = call.output_mask;
+  return {like_x(wanted[0]), per_channel(wanted[1]), per_channel(wanted[2]), like_x(wanted[3])};
 }
 
 }  // namespace bnext

@@ -82,18 +82,20 @@ BNEXT_HOST_DEVICE F widen_bf16(U bits) {
   return bits_as<F>(U(bits << 16));
 }
 
-// The upper 16 bits of the result are the rounded value: to nearest even, every NaN becomes the quiet one.
+// The upper 16 bits of the result are the rounded value, to nearest even. A NaN must end in 16 zeros, or it
+// may not stay one; arithmetic on bfloat16 and on NaNs that do gives no others.
 template <class U, class F>
 BNEXT_HOST_DEVICE U round_bf16(F value) {
   const U bits = bits_as<U>(value);
-  const U rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
-  const U quiet = rounded * 0u + 0x7fc00000u;
-  return value != value ? quiet : rounded;
+  return bits + 0x7fffu + ((bits >> 16) & 1u);
 }
 
+// Every NaN becomes the quiet one.
 template <class U, class F>
 BNEXT_HOST_DEVICE U narrow_bf16(F value) {
-  return round_bf16<U>(value) >> 16;
+  const U rounded = round_bf16<U>(value) >> 16;
+  const U quiet = rounded * 0u + 0x7fc0u;
+  return value != value ? quiet : rounded;
 }
 
 template <class F, class U>

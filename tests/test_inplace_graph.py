@@ -70,7 +70,7 @@ def network(inplace: bool, active: Active | None) -> nn.Module:
     return model
 
 
-@every_active
+@pytest.mark.parametrize("active", [None, Active("leaky_relu"), Active("elu", 0.5)], ids=str)
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
 def test_between_convolutions(memory_format: torch.memory_format, active: Active | None, device: str) -> None:
     """Which keep their own input: the y that the layer before wrote, and do not miss their output."""
@@ -156,6 +156,9 @@ def test_in_inference_mode() -> None:
     with torch.inference_mode():
         x = values()
         assert torch.equal(batch_norm(x, None, None, training=True, inplace=True), expected)
+    with pytest.raises(RuntimeError, match="Inplace update to inference tensor outside InferenceMode"):
+        batch_norm(x, None, None, training=True, inplace=True)
+    assert torch.equal(x, expected)
 
 
 def test_parameters_may_change_before_backward() -> None:

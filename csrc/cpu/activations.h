@@ -121,22 +121,20 @@ struct CalledSlope {
   }
 };
 
-template <class T>
+template <class T, bool Leaky>
 struct MaskSlope {
   using A = opmath_t<T>;
   static constexpr bool kActive = true, kFromInput = false, kResidual = true;
-  Activation kind;
-  A param;
   const void* mask;
+  A param;
 
   explicit MaskSlope(const Operands& operands)
-      : kind(operands.activation.kind),
-        param(static_cast<A>(operands.activation.param)),
-        mask(operands.mask_read) {}
+      : mask(operands.mask_read), param(static_cast<A>(operands.activation.param)) {}
   template <class Span>
   BNEXT_INLINE void apply(Span span, int64_t offset, Lanes<A>& dy, const Lanes<A>&) const {
-    const Lanes<A> blocked = generate<A>(
-        [&](auto i) __attribute__((always_inline)) { return blocked_grad(kind, param, dy.part[i.value]); });
+    const Lanes<A> blocked = generate<A>([&](auto i) __attribute__((always_inline)) {
+      return blocked_grad(Leaky ? Activation::leaky_relu : Activation::relu, param, dy.part[i.value]);
+    });
     dy = select<T>(read_bits(mask, span.begin(offset)), dy, blocked);
   }
 };

@@ -36,6 +36,8 @@ struct BackwardWork {
     operands.mask_read = args.mask;
     operands.out = args.dx;
     operands.dresidual = args.dresidual;
+    operands.streaming_stores =
+        can_stream(plan, args.dx) && (args.dresidual == nullptr || can_stream(plan, args.dresidual));
     operands.activation = args.activation;
     operands.center = args.mean;
     if (args.from_output) {
@@ -43,12 +45,8 @@ struct BackwardWork {
       operands.center = center.get();
       read_channels(args.bias, 0, channels, 0, center.get());
     }
-    Kernel kernel{.phase = Phase::grad_sums,
-                  .dtype = args.dtype,
-                  .traversal = plan.geometry.traversal,
-                  .streaming_stores = can_stream(plan, args.dx) &&
-                                      (args.dresidual == nullptr || can_stream(plan, args.dresidual)),
-                  .slope = slope};
+    Kernel kernel{
+        .phase = Phase::grad_sums, .dtype = args.dtype, .traversal = plan.geometry.traversal, .slope = slope};
     const auto find = [&](Phase phase) {
       kernel.phase = phase;
       return instruction_set().find(kernel);

@@ -40,11 +40,13 @@ BNEXT_INLINE Lanes<A> select(uint32_t bits, const Lanes<A>& yes, const Lanes<A>&
   });
 }
 
-// Of sixteen elements from `element` on; four bytes that begin with the first bit's are in the mask.
+// Bit i of element + i, for sixteen; those above are anything. Four bytes that begin with the first bit's are
+// in the mask.
 BNEXT_INLINE uint32_t read_bits(const void* mask, int64_t element) {
+  const auto at = static_cast<uint64_t>(element);
   uint32_t word;
-  __builtin_memcpy(&word, static_cast<const char*>(mask) + element / 8, sizeof word);
-  return word >> element % 8 & 0xffff;
+  __builtin_memcpy(&word, static_cast<const char*>(mask) + at / 8, sizeof word);
+  return word >> at % 8;
 }
 
 // Bits of consecutive elements, stretch by stretch, beside other threads' stretches: whole words are stored,

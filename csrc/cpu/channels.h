@@ -18,12 +18,15 @@ void for_each_fold(int64_t begin, int64_t end, F f) {
   for (int64_t c = begin; c < end; c += kFoldChannels) f(c, std::min(kFoldChannels, end - c));
 }
 
+// A NaN without the bits that its maker left in it: vector code rounds to bfloat16 without looking for them.
+inline double plain_nan(double value) { return value == value ? value : __builtin_nan(""); }
+
 // out[k] = data[first + k * stride]
 inline void read_channels(const void* data, Dtype dtype, int64_t first, int64_t stride, int64_t count,
                           double* out) {
   dispatch(dtype, [&]<class T>() {
     const T* from = static_cast<const T*>(data) + first;
-    for (int64_t k = 0; k < count; ++k) out[k] = widen(from[k * stride]);
+    for (int64_t k = 0; k < count; ++k) out[k] = plain_nan(widen(from[k * stride]));
   });
 }
 

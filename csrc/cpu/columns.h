@@ -38,6 +38,11 @@ struct Columns {
         count(geometry.fold > 1 ? geometry.row_length() : t.channels() * e.inner),
         row_length(geometry.row_length()) {}
 
+  // Of a row, the last of which may be short.
+  BNEXT_INLINE int64_t width_of(int64_t row, int64_t whole_rows) const {
+    return row < whole_rows ? count : e.numel() - whole_rows * row_length;
+  }
+
   // column[j] = of(channel of j)
   template <class A, class F>
   BNEXT_INLINE void expand(A* column, F of) const {

@@ -33,6 +33,7 @@ struct ForwardWork {
     operands.residual = args.residual;
     operands.out = args.y;
     operands.mask = args.mask;
+    operands.streaming_stores = can_stream(plan, args.y);
     operands.activation = args.activation;
     for (int k = 0; k < 3; ++k) operands.coefficients[k] = coefficients.get() + k * channels;
     const auto find = instruction_set().find;
@@ -44,7 +45,6 @@ struct ForwardWork {
     map = find({.phase = Phase::normalize,
                 .dtype = args.dtype,
                 .traversal = plan.geometry.traversal,
-                .streaming_stores = can_stream(plan, args.y),
                 .activation = class_of(args.activation),
                 .residual = args.residual != nullptr});
   }

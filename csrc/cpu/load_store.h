@@ -75,27 +75,32 @@ BNEXT_INLINE Lanes<A> load(const T* p) {
       [&](auto i) __attribute__((always_inline)) { return load_part<A>(p + i.value * Lanes<A>::kWidth); });
 }
 
+template <class Half, int... I>
+BNEXT_INLINE auto join(const Half& low, const Half& high, Indices<I...>) {
+  return __builtin_shufflevector(low, high, I...);
+}
+
+// Of another arithmetic type, as wide or half as wide.
 template <class To, class From>
 BNEXT_INLINE Lanes<To> to_lanes(const Lanes<From>& v) {
   if constexpr (sizeof(To) == sizeof(From)) {
     return v;
   } else {
-    alignas(64) To buffer[kLanes];
-    for_each_index(
-        [&](auto i) __attribute__((always_inline)) {
-          store_native(buffer + i.value * Lanes<From>::kWidth,
-                       __builtin_convertvector(v.part[i.value], Native<To, kBytes / 2>));
-        },
-        typename CountTo<Lanes<From>::kParts>::type{});
-    return load<To>(buffer);
+    return generate<To>([&](auto i) __attribute__((always_inline)) {
+      using Half = Native<To, kBytes / 2>;
+      const Half low = __builtin_convertvector(v.part[2 * i.value], Half);
+      const Half high = __builtin_convertvector(v.part[2 * i.value + 1], Half);
+      return join(low, high, typename CountTo<Lanes<To>::kWidth>::type{});
+    });
   }
 }
 
-template <bool Streaming>
 struct VectorStore {
+  bool streaming;
+
   template <class V>
   BNEXT_INLINE void operator()(void* p, V v) const {
-    if constexpr (Streaming) {
+    if (streaming) {
       store_native_streaming(p, v);
     } else {
       store_native(p, v);
@@ -107,23 +112,22 @@ template <class A, class Store, int... I>
 BNEXT_INLINE void store_parts(A* p, const Lanes<A>& v, Store store_vector, Indices<I...>) {
   (store_vector(p + I * Lanes<A>::kWidth, v.part[I]), ...);
 }
-template <bool Streaming = false, class A>
-BNEXT_INLINE void store(A* p, const Lanes<A>& v) {
-  store_parts(p, v, VectorStore<Streaming>{}, typename CountTo<Lanes<A>::kParts>::type{});
+template <class A>
+BNEXT_INLINE void store(A* p, const Lanes<A>& v, bool streaming = false) {
+  store_parts(p, v, VectorStore{streaming}, typename CountTo<Lanes<A>::kParts>::type{});
 }
-template <bool Streaming = false>
-BNEXT_INLINE void store(bf16* p, const Lanes<float>& v) {
+BNEXT_INLINE void store(bf16* p, const Lanes<float>& v, bool streaming = false) {
   if constexpr (kEvenOdd<bf16>) {
     const auto even = round_bf16<Native<uint32_t>>(v.part[0]), odd = round_bf16<Native<uint32_t>>(v.part[1]);
-    return VectorStore<Streaming>{}(p, (even >> 16) | (odd & 0xffff0000u));
+    return VectorStore{streaming}(p, (even >> 16) | (odd & 0xffff0000u));
   }
-  const auto bits = generate<uint32_t>(
-      [&](auto i) __attribute__((always_inline)) { return narrow_bf16<Native<uint32_t>>(v.part[i.value]); });
-  store_u16(p, bits, VectorStore<Streaming>{});
+  const auto bits = generate<uint32_t>([&](auto i) __attribute__((always_inline)) {
+    return round_bf16<Native<uint32_t>>(v.part[i.value]) >> 16;
+  });
+  store_u16(p, bits, VectorStore{streaming});
 }
-template <bool Streaming = false>
-BNEXT_INLINE void store(f16* p, const Lanes<float>& v) {
-  store_half(p, v, VectorStore<Streaming>{});
+BNEXT_INLINE void store(f16* p, const Lanes<float>& v, bool streaming = false) {
+  store_half(p, v, VectorStore{streaming});
 }
 
 // Orders streaming stores before whatever the next tile, thread or operator does.
@@ -153,17 +157,23 @@ BNEXT_INLINE Lanes<A> keep_last(const Lanes<A>& v, int64_t n) {
   return keep_where<T>(v, [&](auto index) __attribute__((always_inline)) { return index >= bound; });
 }
 
+// Called, for it is rare and would be most of the code.
+template <class T>
+__attribute__((noinline)) void copy_first(T* to, const T* from, int64_t n) {
+  for (int64_t k = 0; k < n; ++k) to[k] = from[k];
+}
+
 // The first n < 16 elements; lanes above are unspecified if 16 may be read, else zero.
 template <class A, class T>
 BNEXT_INLINE Lanes<A> load_first(const T* p, int64_t n, bool readable) {
   if (readable) return load<A>(p);
   T buffer[kLanes] = {};
-  for (int64_t k = 0; k < n; ++k) buffer[k] = p[k];
+  copy_first(buffer, p, n);
   return load<A>(buffer);
 }
 template <class A, class T>
 BNEXT_INLINE void store_first(T* p, const Lanes<A>& v, int64_t n) {
   T buffer[kLanes];
   store(buffer, v);
-  for (int64_t k = 0; k < n; ++k) p[k] = buffer[k];
+  copy_first(p, buffer, n);
 }

@@ -110,7 +110,7 @@ void reduce_planes(const Operands& operands, const Geometry& geometry, const Til
     for (int lane = 0; lane < kLanes; ++lane) total += Sums{first[lane], first[kLanes + lane]};
     sums[k] += total;
   }
-  if constexpr (Reducer::kStreaming) streaming_fence();
+  if (operands.streaming_stores) streaming_fence();
 }
 
 template <class Map>
@@ -139,7 +139,7 @@ void map_planes(const Operands& operands, const Geometry& geometry, const Tile& 
                     [&](auto span) __attribute__((always_inline)) { map.step(bits, offset + i, c, span); });
       });
   bits.finish();
-  if constexpr (Map::kStreaming) streaming_fence();
+  if (operands.streaming_stores) streaming_fence();
 }
 
 // ---- rows ----
@@ -189,11 +189,10 @@ void reduce_rows(const Operands& operands, const Geometry& geometry, const Tile&
   const int64_t end = tile.end < whole_rows ? tile.end : whole_rows;
   int64_t row = tile.begin;
   for (; row + kRowBlock <= end; row += kRowBlock) rows(Index<kRowBlock>{}, row, columns.count);
-  for (; row < end; ++row) rows(Index<1>{}, row, columns.count);
-  if (tile.end > whole_rows) rows(Index<1>{}, whole_rows, numel - whole_rows * columns.row_length);
+  for (; row < tile.end; ++row) rows(Index<1>{}, row, columns.width_of(row, whole_rows));
 
   columns.collapse(first, second, sums);
-  if constexpr (Reducer::kStreaming) streaming_fence();
+  if (operands.streaming_stores) streaming_fence();
 }
 
 template <class Map>
@@ -224,14 +223,12 @@ void map_rows(const Operands& operands, const Geometry& geometry, const Tile& ti
     if (j < width) step(First{width - j, !in_place && offset + j + kLanes <= numel});
   };
   const int64_t whole_rows = numel / columns.row_length;
-  const int64_t end = tile.end < whole_rows ? tile.end : whole_rows;
-  if (tile.end > whole_rows) walk(whole_rows, numel - whole_rows * columns.row_length);
   const int64_t row_bytes = columns.count * static_cast<int64_t>(sizeof(typename Map::Storage));
   const int64_t stretch = kStretchBytes / row_bytes + 1;
-  for (int64_t stop = end; stop > tile.begin; stop -= stretch) {
+  for (int64_t stop = tile.end; stop > tile.begin; stop -= stretch) {
     for (int64_t row = stop - stretch > tile.begin ? stop - stretch : tile.begin; row < stop; ++row)
-      walk(row, columns.count);
+      walk(row, columns.width_of(row, whole_rows));
   }
   bits.finish();
-  if constexpr (Map::kStreaming) streaming_fence();
+  if (operands.streaming_stores) streaming_fence();
 }

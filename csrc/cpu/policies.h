@@ -16,9 +16,9 @@ struct Full {
   BNEXT_INLINE Lanes<A> keep(const Lanes<A>& v) const {
     return v;
   }
-  template <bool Streaming, class A, class T>
-  BNEXT_INLINE void store_lanes(T* p, const Lanes<A>& v) const {
-    store<Streaming>(p, v);
+  template <class A, class T>
+  BNEXT_INLINE void store_lanes(T* p, const Lanes<A>& v, bool streaming) const {
+    store(p, v, streaming);
   }
 };
 
@@ -37,8 +37,8 @@ struct First {
   BNEXT_INLINE Lanes<A> keep(const Lanes<A>& v) const {
     return keep_first<T>(v, n);
   }
-  template <bool Streaming, class A, class T>
-  BNEXT_INLINE void store_lanes(T* p, const Lanes<A>& v) const {
+  template <class A, class T>
+  BNEXT_INLINE void store_lanes(T* p, const Lanes<A>& v, bool) const {
     store_first(p, v, n);
   }
 };
@@ -59,8 +59,8 @@ struct Last {
   BNEXT_INLINE Lanes<A> keep(const Lanes<A>& v) const {
     return keep_last<T>(v, n);
   }
-  template <bool, class A, class T>
-  BNEXT_INLINE void store_lanes(T* p, const Lanes<A>& v) const {
+  template <class A, class T>
+  BNEXT_INLINE void store_lanes(T* p, const Lanes<A>& v, bool) const {
     store(p + n - kLanes, v);
   }
 };
@@ -77,7 +77,6 @@ template <class T>
 struct MomentsReducer {
   using Storage = T;
   using Math = summath_t<T>;
-  static constexpr bool kStreaming = false;
   static constexpr int kCoefficients = 1;
   const T* x;
 
@@ -106,6 +105,7 @@ struct Gradient {
   const T* dy;
   T* dx;
   T* dresidual;
+  bool streaming;
   Slope slope;
 
   explicit Gradient(const Operands& operands)
@@ -113,6 +113,7 @@ struct Gradient {
         dy(static_cast<const T*>(operands.dy)),
         dx(static_cast<T*>(operands.out)),
         dresidual(static_cast<T*>(operands.dresidual)),
+        streaming(operands.streaming_stores),
         slope(operands) {}
 
   BNEXT_INLINE void prefetch(int64_t offset) const {
@@ -132,23 +133,22 @@ struct Gradient {
     }
   }
 
-  template <bool Streaming, class Span>
+  template <class Span>
   BNEXT_INLINE void store(int64_t offset, const Lanes<Math>& gradient, const Lanes<Math>& dz,
                           Span span) const {
-    span.template store_lanes<Streaming>(dx + offset, gradient);
+    span.store_lanes(dx + offset, gradient, streaming);
     if constexpr (Slope::kResidual) {
-      if (dresidual != nullptr) span.template store_lanes<Streaming>(dresidual + offset, dz);
+      if (dresidual != nullptr) span.store_lanes(dresidual + offset, dz, streaming);
     }
   }
 };
 
 // With Writes and fixed statistics dx needs no sums: it is written as they are taken, its scale after the
 // other coefficients.
-template <class T, class Slope, bool Writes, bool Streaming>
+template <class T, class Slope, bool Writes>
 struct GradSumsReducer {
   using Storage = T;
   using Math = std::conditional_t<Slope::kActive, opmath_t<T>, summath_t<T>>;
-  static constexpr bool kStreaming = Streaming;
   static constexpr int kScale = Slope::kFromInput ? 3 : 1, kCoefficients = kScale + Writes;
   Gradient<T, Slope> gradient;
 
@@ -167,8 +167,8 @@ struct GradSumsReducer {
     Lanes<Math> dz, value;
     gradient.load(dz, value, offset, c.k, span);
     if constexpr (Writes) {
-      gradient.template store<Streaming>(offset, to_lanes<opmath_t<T>>(fixed_input_grad(dz, c.k[kScale])),
-                                         to_lanes<opmath_t<T>>(dz), span);
+      gradient.store(offset, to_lanes<opmath_t<T>>(fixed_input_grad(dz, c.k[kScale])),
+                     to_lanes<opmath_t<T>>(dz), span);
     }
     dz = span.template keep<T>(dz);
     const Lanes<Math> d = span.template keep<T>(value - c.k[0]);
@@ -180,22 +180,23 @@ struct GradSumsReducer {
 // ---- maps ----
 // Bits writes what a map has of a mask; seek(offset) comes before the steps of a run.
 
-template <class T, class Act, bool Added, bool Streaming>
+template <class T, class Act, bool Added>
 struct NormalizeMap {
   using Storage = T;
   using Math = opmath_t<T>;
   using Bits = std::conditional_t<Added && Act::kActive, BitWriter, NoBits>;
-  static constexpr bool kStreaming = Streaming;
   static constexpr int kCoefficients = 3;
   const T* x;
   const T* residual;
   T* y;
+  bool streaming;
   Act act;
 
   explicit NormalizeMap(const Operands& operands)
       : x(static_cast<const T*>(operands.x)),
         residual(static_cast<const T*>(operands.residual)),
         y(static_cast<T*>(operands.out)),
+        streaming(operands.streaming_stores),
         act(operands) {}
 
   BNEXT_INLINE void prefetch(int64_t offset) const {
@@ -211,17 +212,16 @@ struct NormalizeMap {
     if constexpr (Added && Act::kActive) {
       if (bits.wanted()) bits.append(span.fresh(act.passes(z)), span.count());
     }
-    span.template store_lanes<Streaming>(y + offset, act.value(z));
+    span.store_lanes(y + offset, act.value(z), streaming);
   }
 };
 
 // Coefficients: scale; center; with kFromInput scale and offset of z; slope and offset.
-template <class T, class Slope, bool Streaming>
+template <class T, class Slope>
 struct InputGradMap {
   using Storage = T;
   using Math = opmath_t<T>;
   using Bits = NoBits;
-  static constexpr bool kStreaming = Streaming;
   static constexpr int kRest = Slope::kFromInput ? 4 : 2, kCoefficients = kRest + 2;
   Gradient<T, Slope> gradient;
 
@@ -233,30 +233,31 @@ struct InputGradMap {
   BNEXT_INLINE void step(Bits&, int64_t offset, const Coefficients<Math, kCoefficients>& c, Span span) const {
     Lanes<Math> dz, value;
     gradient.load(dz, value, offset, c.k + 1, span);
-    gradient.template store<Streaming>(
-        offset, input_grad(dz, value, c.k[0], c.k[1], c.k[kRest], c.k[kRest + 1]), dz, span);
+    gradient.store(offset, input_grad(dz, value, c.k[0], c.k[1], c.k[kRest], c.k[kRest + 1]), dz, span);
   }
 };
 
 // dx with fixed statistics and no activation, where no sums are wanted.
-template <class T, bool Streaming>
+template <class T>
 struct ScaleMap {
   using Storage = T;
   using Math = opmath_t<T>;
   using Bits = NoBits;
-  static constexpr bool kStreaming = Streaming;
   static constexpr int kCoefficients = 1;
   const T* dy;
   T* dx;
+  bool streaming;
 
   explicit ScaleMap(const Operands& operands)
-      : dy(static_cast<const T*>(operands.dy)), dx(static_cast<T*>(operands.out)) {}
+      : dy(static_cast<const T*>(operands.dy)),
+        dx(static_cast<T*>(operands.out)),
+        streaming(operands.streaming_stores) {}
 
   BNEXT_INLINE void prefetch(int64_t offset) const { __builtin_prefetch(dy + offset); }
 
   template <class Span>
   BNEXT_INLINE void step(Bits&, int64_t offset, const Coefficients<Math, 1>& c, Span span) const {
-    span.template store_lanes<Streaming>(
-        dx + offset, fixed_input_grad(span.template load_lanes<Math>(dy + offset), c.k[0]));
+    span.store_lanes(dx + offset, fixed_input_grad(span.template load_lanes<Math>(dy + offset), c.k[0]),
+                     streaming);
   }
 };

@@ -31,6 +31,7 @@ struct Operands {
   void* out = nullptr;  // of normalize it may be x
   void* mask = nullptr;
   void* dresidual = nullptr;
+  bool streaming_stores = false;
   const double* center = nullptr;  // per channel: what reducers subtract from x
   const void* coefficients[kMaxCoefficients] =
       {};  // per channel, in opmath: what maps apply, in formulas.h's order; see InputGradMap for backward
@@ -47,14 +48,14 @@ enum class Phase : uint8_t { moments, normalize, grad_sums, input_grad, grad_sum
 // Activations as forward tiles know them: relu is compiled into the loops, the others are called.
 enum class ActivationClass : uint8_t { none, relu, other };
 
-// Where dz comes from: dy alone; z of relu, of another, of another with its residual; the mask; the output.
-enum class SlopeClass : uint8_t { none, relu, other, residual, mask, output };
+// Where dz comes from: dy alone; z of relu, of another, of any with its residual; the mask, of leaky_relu or
+// of what blocks all; the output.
+enum class SlopeClass : uint8_t { none, relu, other, residual, mask, leaky_mask, output };
 
 struct Kernel {
   Phase phase;
   Dtype dtype;
   Traversal traversal;
-  bool streaming_stores = false;
   ActivationClass activation = ActivationClass::none;  // of normalize
   bool residual = false;                               // of normalize
   SlopeClass slope = SlopeClass::none;                 // of backward
@@ -78,7 +79,8 @@ inline ActivationClass class_of(const ActivationSpec& activation) {
 
 inline SlopeClass slope_of(const BackwardArgs& args) {
   if (!args.activation) return SlopeClass::none;
-  if (args.mask != nullptr) return SlopeClass::mask;
+  if (args.mask != nullptr)
+    return args.activation.kind == Activation::leaky_relu ? SlopeClass::leaky_mask : SlopeClass::mask;
   if (args.from_output) return SlopeClass::output;
   if (args.residual != nullptr) return SlopeClass::residual;
   return args.activation.kind == Activation::relu ? SlopeClass::relu : SlopeClass::other;

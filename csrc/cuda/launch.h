@@ -13,10 +13,10 @@ struct Workspace {
   unsigned* counters = nullptr;  // plan.counters(), zero; zero again when the call's kernels have run
 };
 
-// Errors are std::runtime_error and name the operator.
+// Errors are std::runtime_error and name the operator. y may be x; a mask begins at a multiple of 4 bytes.
 void forward(const ForwardArgs& args, const Plan& plan, const Workspace& workspace);
 
-// Null dx: no input gradient. Null dweight and dbias: no sums for them.
+// Null dx: no input gradient, and no dresidual. Null dweight and dbias: no sums for them.
 void backward(const BackwardArgs& args, const Plan& plan, const Workspace& workspace);
 
 // Whether the current device holds the plan's waiting blocks all at once. Without that the call must stream: a
