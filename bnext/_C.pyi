@@ -50,6 +50,8 @@ class CudaDevice:
         l2: int,
         shared_memory: int = 49152,
         block_threads: int = 1024,
+        multiprocessor_memory: int | None = None,
+        spare_multiprocessors: int = 0,
     ) -> None: ...
     @property
     def multiprocessors(self) -> int: ...
@@ -149,5 +151,6 @@ def cuda_plan(
     device: CudaDevice,
     residual: bool,
     activation: str | None,
+    engine: str,
 ) -> CudaPlan: ...
 def cuda_device(index: int) -> CudaDevice: ...

@@ -19,8 +19,8 @@ void forward(const ForwardArgs& args, const Plan& plan, const Workspace& workspa
 // Null dx: no input gradient, and no dresidual. Null dweight and dbias: no sums for them.
 void backward(const BackwardArgs& args, const Plan& plan, const Workspace& workspace);
 
-// Whether the current device holds the plan's waiting blocks all at once. Without that the call must stream: a
-// cooperative launch would fail.
+// Whether the current device holds the plan's waiting blocks all at once. Without that the call must stream:
+// a cooperative launch would fail.
 bool can_run(const ForwardArgs& args, const Plan& plan);
 bool can_run(const BackwardArgs& args, const Plan& plan);
 

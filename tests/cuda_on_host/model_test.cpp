@@ -236,6 +236,7 @@ const Scenarios kScenarios = {
 int main(int count, char** arguments) {
   Scenarios all = kPlanted;
   all.insert(kScenarios.begin(), kScenarios.end());
+  all.insert(kTogether.begin(), kTogether.end());
   if (count != 2) {
     for (const auto& [name, run] : all) std::puts(name.c_str());
     return 0;

@@ -14,6 +14,9 @@ using Scenarios = std::map<std::string, void (*)()>;
 // Those with a fault that a sanitizer must report: race_... ThreadSanitizer, overrun_... AddressSanitizer.
 extern const Scenarios kPlanted;
 
+// Blocks that wait for each other, copies that run beside threads; with faults as above.
+extern const Scenarios kTogether;
+
 constexpr unsigned kThreads = 64, kBlocks = 7;
 
 template <class T>
