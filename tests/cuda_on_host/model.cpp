@@ -11,10 +11,11 @@ namespace model {
 namespace {
 
 constexpr unsigned kMostThreads = 1024;  // of a block, as on every device
+constexpr unsigned kMostOfCluster = 8;   // blocks, as on every device that has clusters
 
 Warp& own_warp() { return current->block->warps[current->index / kWarp]; }
 
-void run(unsigned blocks, unsigned threads, size_t shared_bytes, unsigned alive,
+void run(unsigned blocks, unsigned threads, size_t shared_bytes, unsigned alive, unsigned cluster,
          const std::function<void()>& body) {
   if (launched != nullptr) throw std::logic_error("a launch within a launch");
   if (blocks == 0 || threads == 0 || threads % kWarp != 0 || threads > kMostThreads) {
@@ -23,7 +24,12 @@ void run(unsigned blocks, unsigned threads, size_t shared_bytes, unsigned alive,
   }
   const Unwatched unwatched;
   ++process.counts.launches;
-  Launch(blocks, threads, shared_bytes, alive, body).run();
+  Launch(blocks, threads, shared_bytes, alive, cluster, body).run();
+}
+
+unsigned blocks_at_once(unsigned blocks, unsigned threads) {
+  const unsigned known = kThreadSanitizer && threads > 0 ? kMostFibers / threads : blocks;
+  return std::min(process.options.resident_blocks, known);
 }
 
 }  // namespace
@@ -56,8 +62,16 @@ void set_faults(const Faults& planted) { process.faults = planted; }
 Statistics statistics() { return process.counts; }
 
 void launch(unsigned blocks, unsigned threads, size_t shared_bytes, const std::function<void()>& body) {
-  const unsigned known = kThreadSanitizer && threads > 0 ? kMostFibers / threads : blocks;
-  run(blocks, threads, shared_bytes, std::min(process.options.resident_blocks, known), body);
+  run(blocks, threads, shared_bytes, blocks_at_once(blocks, threads), 1, body);
+}
+
+void launch_clusters(unsigned blocks, unsigned cluster, unsigned threads, size_t shared_bytes,
+                     const std::function<void()>& body) {
+  if (cluster < 1 || cluster > kMostOfCluster || blocks % cluster != 0) {
+    throw std::invalid_argument("launch of " + std::to_string(blocks) + " blocks in clusters of " +
+                                std::to_string(cluster));
+  }
+  run(blocks, threads, shared_bytes, blocks_at_once(blocks, threads), cluster, body);
 }
 
 void launch_cooperative(unsigned blocks, unsigned threads, size_t shared_bytes,
@@ -67,7 +81,7 @@ void launch_cooperative(unsigned blocks, unsigned threads, size_t shared_bytes,
                              " blocks, of which the device holds " +
                              std::to_string(process.options.device_blocks));
   }
-  run(blocks, threads, shared_bytes, blocks, body);
+  run(blocks, threads, shared_bytes, blocks, 1, body);
 }
 
 unsigned thread_index() { return current->index; }

@@ -1,27 +1,21 @@
-// What threads ask of the execution model where blocks work together and copies run beside them.
-#include <cstring>
+// What threads ask of the execution model where blocks work together.
 #include <stdexcept>
 
 #include "model.h"
 #include "scheduler.h"
 
-#if defined(MODEL_ADDRESS_SANITIZER)
-#include <sanitizer/asan_interface.h>
-#endif
-
 namespace model {
 namespace {
-
-constexpr size_t kCopyBytes = 16;
-constexpr int kPoison = 0xCD;
 
 // Orders one generation: see Barrier.
 void* token_of(unsigned* counter, unsigned generation) {
   return reinterpret_cast<char*>(counter) + generation % sizeof(unsigned);
 }
 
-void require_boundary(const void* p) {
-  if (reinterpret_cast<uintptr_t>(p) % kCopyBytes != 0) throw std::runtime_error("misaligned copy");
+Cluster& own_cluster() {
+  Cluster* const cluster = current->block->cluster.get();
+  if (cluster == nullptr) throw std::runtime_error("a block without a cluster");
+  return *cluster;
 }
 
 }  // namespace
@@ -54,39 +48,38 @@ void leave_group(unsigned* counter, unsigned last) {
   if (current->index == 0 && ++*counter == last) *counter = 0;
 }
 
-void begin_copy(void* to, const void* from) {
-  require_boundary(to);
-  require_boundary(from);
-  std::memset(to, kPoison, kCopyBytes);
-#if defined(MODEL_ADDRESS_SANITIZER)
-  __asan_poison_memory_region(to, kCopyBytes);
-#endif
+void arrive_at_cluster() {
   const Unwatched unwatched;
-  current->copies.back().push_back({static_cast<std::byte*>(to), static_cast<const std::byte*>(from)});
+  Cluster& cluster = own_cluster();
+  if (current->met != cluster.generation) throw std::runtime_error("a thread arrives twice without waiting");
+  release(&cluster.tokens[current->met++ % 2]);
+  if (++cluster.arrived == cluster.threads) {
+    cluster.arrived = 0;
+    ++cluster.generation;
+  }
 }
 
-void commit_copies() {
+void wait_for_cluster() {
   const Unwatched unwatched;
-  current->copies.emplace_back();
+  Cluster& cluster = own_cluster();
+  Thread& self = *current;
+  Place& place = self.block->places[self.index];
+  place = Place::cluster;
+  if (!self.can_run()) self.fiber.leave();
+  place = Place::running;
+  if (self.cluster_waits++ != process.faults.unordered_wait) acquire(&cluster.tokens[(self.met + 1) % 2]);
 }
 
-void wait_for_copies(unsigned pending) {
-  std::vector<Copy> due;
-  {
-    const Unwatched unwatched;
-    if (process.faults.skip_async_wait) return;
-    auto& batches = current->copies;
-    while (batches.size() > pending + 1) {
-      due.insert(due.end(), batches.front().begin(), batches.front().end());
-      batches.pop_front();
-    }
-  }
-  for (const Copy& copy : due) {
-#if defined(MODEL_ADDRESS_SANITIZER)
-    __asan_unpoison_memory_region(copy.to, kCopyBytes);
-#endif
-    std::memcpy(copy.to, copy.from, kCopyBytes);
-  }
+const void* place_in_cluster(const void* own, unsigned rank) {
+  const Unwatched unwatched;
+  const Block& block = *current->block;
+  const ptrdiff_t offset = static_cast<const std::byte*>(own) - block.memory.get();
+  if (offset < 0 || static_cast<size_t>(offset) >= block.memory_bytes)
+    throw std::runtime_error("no place of the block's memory");
+  const Cluster& cluster = own_cluster();
+  if (rank >= cluster.blocks.size()) throw std::runtime_error("no such block of the cluster");
+  if (cluster.blocks[rank] == nullptr) throw std::runtime_error("memory of a block that has ended");
+  return cluster.blocks[rank]->memory.get() + offset;
 }
 
 }  // namespace model

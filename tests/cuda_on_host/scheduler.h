@@ -6,6 +6,7 @@
 #include <deque>
 #include <exception>
 #include <functional>
+#include <map>
 #include <memory>
 #include <new>
 #include <random>
@@ -30,7 +31,9 @@ enum class Place : uint8_t {
   exchange,
   group_begin,
   group,  // in arrive_and_wait, for other blocks
-  group_end
+  group_end,
+  cluster,  // in wait_for_cluster, for threads of any block
+  bytes     // in wait_for_bytes
 };
 
 // Of threads first to first + count of a block. A token orders memory for one generation: were there a single
@@ -54,6 +57,27 @@ struct Block;
 struct Copy {
   std::byte* to;
   const std::byte* from;
+  size_t bytes;
+};
+
+// What a barrier for copies counts, see prepare_barrier().
+struct Arrivals {
+  unsigned generation = 0;
+  bool expects = false;
+  size_t expected = 0, begun = 0;  // bytes
+  std::vector<Copy> copies;
+  char tokens[2] = {};  // by generation
+
+  bool all_begun() const { return expects && begun == expected; }
+  bool has_passed(unsigned wanted) const { return generation % 2 != wanted % 2; }
+};
+
+// Blocks that see each other's memory. Tokens as in Barrier.
+struct Cluster {
+  std::vector<Block*> blocks;  // null: has ended
+  size_t threads = 0, arrived = 0;
+  unsigned generation = 0;
+  char tokens[2] = {};
 };
 
 struct Thread {
@@ -65,6 +89,9 @@ struct Thread {
   std::deque<std::vector<Copy>> copies = std::deque<std::vector<Copy>>(1);
   const unsigned* waits_for = nullptr;  // in Place::group, to become
   unsigned target = 0;
+  const Arrivals* arrivals = nullptr;  // in Place::bytes, to pass `target`
+  unsigned met = 0;                    // arrivals at the cluster
+  int cluster_waits = 0;
 
   bool can_run() const;
 };
@@ -80,7 +107,7 @@ struct FreeAligned {
 using Memory = std::unique_ptr<std::byte, FreeAligned>;
 
 struct Block {
-  Block(unsigned index, unsigned count, size_t shared_bytes);
+  Block(unsigned index, unsigned count, size_t shared_bytes, std::shared_ptr<Cluster> cluster);
 
   unsigned index, ended = 0;
   unsigned idle_turns = 0;  // since a thread ended
@@ -91,6 +118,10 @@ struct Block {
   std::unique_ptr<Thread[]> threads;
   std::unique_ptr<Warp[]> warps;
   Memory memory;
+  size_t memory_bytes;
+  std::map<const void*, Arrivals> arrivals;
+  std::shared_ptr<Cluster> cluster;  // null: of an ordinary launch
+  char end_token = 0;                // orders what its threads did before its memory goes
 };
 
 // With the number of threads in each place.
@@ -107,7 +138,8 @@ extern Process process;
 
 class Launch {
  public:
-  Launch(unsigned blocks, unsigned threads, size_t shared_bytes, unsigned alive,
+  // alive: blocks at once, if a cluster has no more.
+  Launch(unsigned blocks, unsigned threads, size_t shared_bytes, unsigned alive, unsigned cluster,
          const std::function<void()>& body);
   ~Launch();
 
@@ -119,12 +151,13 @@ class Launch {
   char begin_token = 0;        // orders what was done before the launch before what threads do
 
  private:
+  void order_blocks();
   void start_blocks();
   bool give_turn(Block& block);  // whether a thread could run
   void retire(std::unique_ptr<Block> block);
 
   const size_t shared_bytes_;
-  const unsigned alive_;  // blocks at once
+  const unsigned alive_, cluster_;
   std::vector<unsigned> block_order_, thread_order_;
   size_t started_ = 0;
   std::vector<std::unique_ptr<Block>> resident_;

@@ -1,4 +1,4 @@
-// Scenarios of the execution model's test: blocks that wait for each other, copies that run beside threads.
+// Scenarios of the execution model's test: blocks that wait for each other.
 #include <cstring>
 #include <stdexcept>
 #include <string>
@@ -14,20 +14,6 @@ using namespace model;
 using Order = Options::Order;
 
 constexpr unsigned kGroup = 3, kTurns = 4;
-
-void require(bool condition, const char* what) {
-  if (!condition) throw std::runtime_error(what);
-}
-
-template <class Launch>
-std::string message_of(Launch launch) {
-  try {
-    launch();
-  } catch (const std::runtime_error& error) {
-    return error.what();
-  }
-  return "";
-}
 
 // In every turn each block reads what the blocks of the group wrote in it. The counter ends as it began.
 void pass_values_around(unsigned& counter) {
@@ -84,35 +70,58 @@ void group_deadlock() {
   require(missing.find("deadlock between blocks") != std::string::npos, "a block that does not come");
 }
 
-// Each thread copies `batches` times 16 bytes to its own place, and calls f(places, batches).
-template <class F>
-void copy_batches(unsigned batches, F f) {
-  std::vector<unsigned> source(batches * kThreads * 4);
-  for (unsigned k = 0; k < source.size(); ++k) source[k] = k;
-  launch(2, kThreads, batches * kThreads * 16, [&] {
-    std::vector<unsigned*> places;
-    for (unsigned batch = 0; batch < batches; ++batch) {
-      const unsigned at = (batch * kThreads + thread_index()) * 4;
-      places.push_back(shared<unsigned>() + at);
-      begin_copy(places.back(), source.data() + at);
-      commit_copies();
+// Blocks of a cluster read each other's memory, and wait for each other before they end.
+void read_around(unsigned cluster) {
+  constexpr unsigned kClusters = 3;
+  std::vector<unsigned> sums(cluster * kClusters);
+  launch_clusters(cluster * kClusters, cluster, kThreads, kThreads * sizeof(unsigned), [&] {
+    const unsigned t = thread_index();
+    shared<unsigned>()[t] = block_index();
+    arrive_at_cluster();
+    wait_for_cluster();
+    unsigned sum = 0;
+    for (unsigned rank = 0; rank < cluster; ++rank) {
+      sum += *static_cast<const unsigned*>(place_in_cluster(shared<unsigned>() + (t ^ 1), rank));
     }
-    f(places, source.data() + thread_index() * 4);
+    arrive_at_cluster();
+    if (t == 0) sums[block_index()] = sum;
+    wait_for_cluster();
   });
+  for (unsigned block = 0; block < sums.size(); ++block) {
+    const unsigned first = block / cluster * cluster;
+    require(sums[block] == cluster * first + cluster * (cluster - 1) / 2, "a sum over a cluster");
+  }
 }
 
-void async_copies() {
-  copy_batches(5, [](const std::vector<unsigned*>& places, const unsigned* source) {
-    for (unsigned batch = 0; batch < 5; ++batch) {
-      wait_for_copies(4 - batch);
-      for (unsigned k = 0; k < 4; ++k) {
-        require(places[batch][k] == source[batch * kThreads * 4 + k], "a copied value");
-      }
+void clusters() {
+  for (const Order order : {Order::ascending, Order::descending, Order::random}) {
+    for (const unsigned cluster : {2u, 3u, 8u}) {
+      set_options({order, 7, 4});
+      read_around(cluster);
     }
+  }
+  set_options({});
+}
+
+void cluster_deadlock() {
+  const std::string missing = message_of([] {
+    launch_clusters(4, 2, kThreads, 0, [] {
+      if (block_index() == 3) return;
+      arrive_at_cluster();
+      wait_for_cluster();
+    });
   });
-  const std::string said = message_of(
-      [] { copy_batches(2, [](const std::vector<unsigned*>&, const unsigned*) { wait_for_copies(1); }); });
-  require(said.find("copies under way") != std::string::npos, "a copy that nobody waits for");
+  require(missing.find("deadlock between blocks") != std::string::npos &&
+              missing.find("wait for the cluster") != std::string::npos,
+          "message");
+  const std::string gone = message_of([] {
+    launch_clusters(2, 2, kThreads, 16, [] {
+      if (block_index() == 1) return;
+      for (int turn = 0; turn < 3; ++turn) sync_block();
+      place_in_cluster(block_memory(), 1);
+    });
+  });
+  require(gone.find("memory of a block that has ended") != std::string::npos, "message");
 }
 
 // ---- faults ----
@@ -145,13 +154,17 @@ void race_group_one_generation_late() {
   });
 }
 
-void poison_early_read() {
-  copy_batches(2, [](const std::vector<unsigned*>& places, const unsigned*) {
-    wait_for_copies(1);
-    places[1][0] += places[1][1];
-    wait_for_copies(0);
-  });
+void wait_unordered(int which) {
+  Faults faults;
+  faults.unordered_wait = which;
+  set_faults(faults);
+  read_around(2);
 }
+
+void race_skipped_cluster_wait() { wait_unordered(0); }
+
+// A block's memory goes while another reads it.
+void race_left_cluster() { wait_unordered(1); }
 
 }  // namespace
 
@@ -159,10 +172,12 @@ const Scenarios kTogether = {
     {"group_barrier", group_barrier},
     {"cooperative_limit", cooperative_limit},
     {"group_deadlock", group_deadlock},
-    {"async_copies", async_copies},
+    {"clusters", clusters},
+    {"cluster_deadlock", cluster_deadlock},
     {"race_skipped_group_barrier", race_skipped_group_barrier},
     {"race_group_one_generation_late", race_group_one_generation_late},
-    {"poison_early_read", poison_early_read},
+    {"race_skipped_cluster_wait", race_skipped_cluster_wait},
+    {"race_left_cluster", race_left_cluster},
 };
 
 }  // namespace scenarios
