@@ -52,6 +52,8 @@ class CudaDevice:
         block_threads: int = 1024,
         multiprocessor_memory: int | None = None,
         spare_multiprocessors: int = 0,
+        cluster_blocks: int = 1,
+        bulk_copies: bool = False,
     ) -> None: ...
     @property
     def multiprocessors(self) -> int: ...
@@ -73,6 +75,12 @@ class CudaDevice:
     @property
     def spare_multiprocessors(self) -> int:
         """Left to others by kernels whose blocks wait for each other; BNEXT_CUDA_SPARE for calls."""
+    @property
+    def cluster_blocks(self) -> int:
+        """Blocks of a cluster at most, which start together and see each other's memory; 1: there are no clusters."""
+    @property
+    def bulk_copies(self) -> bool:
+        """Whether one instruction copies any number of bytes to shared memory (compute capability 9.0 and up)."""
 
 @final
 class CudaPlan:
@@ -96,7 +104,13 @@ class CudaPlan:
         """Blocks of the kernel that reduces; 0 where nothing is reduced."""
     @property
     def waiting_blocks(self) -> int:
-        """Blocks that wait for each other, all on the device at once; 0: none does."""
+        """Blocks that wait for each other, all on the device at once; 0: none does, but for those of a cluster."""
+    @property
+    def cluster(self) -> int:
+        """Blocks of a cluster, which share a slab; 1: there are no clusters."""
+    @property
+    def bulk_copies(self) -> bool:
+        """Whether slabs come to shared memory in runs, each by one instruction."""
     @property
     def block_memory(self) -> int:
         """Bytes of shared memory that a resident block asks for."""

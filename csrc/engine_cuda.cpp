@@ -119,9 +119,9 @@ void run_on(const Args& args, Pass pass, c10::Device device, Launch launch) {
     if (count > 0)
       first = counters_of(device).get(workspace.stream, cuda::is_capturing(workspace.stream), count);
     const bool own = first < 0;  // none are left: some of the call's own, cleared by a node more
-    scratch = at::empty({plan.scratch_bytes + (own ? bytes : 0)},
-                        at::TensorOptions().device(device).dtype(at::kByte));
-    workspace.scratch = scratch.data_ptr();
+    const int64_t wanted = plan.scratch_bytes + (own ? bytes : 0);
+    if (wanted > 0) scratch = at::empty({wanted}, at::TensorOptions().device(device).dtype(at::kByte));
+    workspace.scratch = wanted > 0 ? scratch.data_ptr() : nullptr;
     if (own) {
       workspace.counters =
           reinterpret_cast<unsigned*>(static_cast<char*>(workspace.scratch) + plan.scratch_bytes);

@@ -24,10 +24,15 @@ struct Device {
   double bandwidth = 0;                      // bytes per second to and from memory
   int64_t multiprocessor_memory = 49 << 10;  // shared, of all its blocks and what each takes besides
   int spare_multiprocessors = 0;             // left to others by kernels whose blocks wait for each other
+  int cluster_blocks = 1;                    // of a cluster at most, 1: there are none
+  bool bulk_copies = false;                  // it has copies of many bytes to shared memory
 };
 
 constexpr int kVectorBytes = 16;
 constexpr int kWarp = 32;
+
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
 // streaming: a kernel that reduces, a kernel that maps. With fixed statistics one of them does: that which
 // reduces writes dx as well, where dweight or dbias is wanted.
@@ -72,7 +77,9 @@ struct Plan {
   int64_t together = 0;           // resident: slabs under way at once
   int depth = 0;                  // resident: vectors that a thread keeps of each input
   int64_t block_memory = 0;       // resident: bytes of a block's shared memory
-  int64_t waiting_blocks = 0;     // resident: that must run at once, 0: none waits
+  int cluster = 1;                // resident: blocks of one, which share a slab and see each other's memory
+  bool bulk_copies = false;       // resident: into shared memory, of whole runs
+  int64_t waiting_blocks = 0;     // resident: that must run at once but for those of clusters, 0: none
   bool streaming_stores = false;  // outputs larger than what L2 keeps for whoever comes next
   int64_t scratch_bytes = 0;      // partial sums and totals
   int64_t bytes_moved = 0;        // to and from memory, as scheduled
@@ -93,8 +100,11 @@ struct Plan {
 
 // Where things lie in the shared memory of a resident block, in bytes; the vectors of inputs come first.
 struct ResidentMemory {
+  int64_t barriers;      // of bulk copies, one to a vector of a thread at most
+  int64_t turn;          // how many slabs the block is done with: registers are full while it sums
   int64_t values;        // doubles, for sums over threads
   int64_t totals;        // Sums of the slab's channels
+  int64_t part;          // the block's share of them, for others of its cluster
   int64_t centers;       // kMostCenter bytes of each
   int64_t coefficients;  // kMostCoefficients floats of each
   int64_t bytes;
@@ -102,10 +112,13 @@ struct ResidentMemory {
   static constexpr int kMostCenter = 16, kMostCoefficients = 6;
 
   constexpr ResidentMemory(const Tiling& t, int lanes, int64_t inputs, int depth)
-      : values(inputs * depth * t.threads * kVectorBytes) {
+      : barriers(inputs * depth * t.threads * kVectorBytes),
+        turn(barriers + round_up(int64_t{sizeof(uint64_t)} * depth, kVectorBytes)),
+        values(turn + kVectorBytes) {
     const int64_t sums = t.traversal == Traversal::planes ? 0 : t.vector_rows() * t.vectors * lanes;
     totals = values + int64_t{sizeof(double)} * (sums > t.threads ? sums : t.threads);
-    centers = totals + int64_t{2 * sizeof(double)} * t.group_channels;
+    part = totals + int64_t{2 * sizeof(double)} * t.group_channels;
+    centers = part + int64_t{2 * sizeof(double)} * t.group_channels;
     coefficients = centers + kMostCenter * t.group_channels;
     bytes = coefficients + int64_t{sizeof(float)} * kMostCoefficients * t.group_channels;
   }
@@ -130,8 +143,6 @@ int64_t rows_folded(const Extent& extent, int lanes, int threads);
 constexpr int64_t kRunBytes = 512;      // from here on a plane's run fills a warp: planes, not rows
 constexpr int64_t kSegmentBytes = 128;  // of a row at least: a line, below which DRAM gives half its rate
 
-constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 constexpr int whole_warps(int64_t threads) { return static_cast<int>(round_up(threads, kWarp)); }
 
 // Vectors that cover a run of so many elements wherever it begins; on_boundaries: on one.

@@ -12,9 +12,12 @@ constexpr int kThreads = 256;     // of a block, with 128 registers each: two bl
 constexpr int kBlocks = 2;        // the same: one loads while the other waits or stores
 constexpr int kMostSegments = 2;  // of a row that is one slab; a wider one is cut, a segment to a slab
 constexpr int64_t kBlockReserve = 1 << 10;  // bytes of shared memory that a block takes besides
+constexpr int64_t kStaticMemory = 128;      // the same, of what it may ask for: of last_to_arrive
 // One block takes as long to load so much as blocks take to wait for each other, about a microsecond.
 constexpr int64_t kAloneBytes = 64 << 10;
 constexpr int kLeastRows = 4;  // vectors of a thread where blocks share a slab
+// Shorter runs take more instructions in bulk than with sixteen bytes to a lane of a warp.
+constexpr int64_t kBulkBytes = kWarp * kVectorBytes;
 
 Tiling rows(const Extent& e, int lanes, int most) {
   Tiling t;
@@ -58,6 +61,65 @@ void cut(Tiling& t, int64_t chunks) {
   t.chunks = ceil_div(t.positions(), t.chunk);
 }
 
+// What a slab is to its blocks.
+struct Room {
+  int64_t blocks = 0;  // that the device holds at once
+  int64_t chunks = 0;  // blocks that a slab takes at least; 0: none holds a vector of every thread
+};
+
+// As many blocks on a multiprocessor as there is room for a slab to be kept at all.
+Room find_room(const Tiling& t, const Device& device, int lanes, int64_t inputs) {
+  const int64_t overhead = ResidentMemory(t, lanes, inputs, 0).bytes + kVectorBytes;
+  const int64_t vector_bytes =  // of every thread one, and a barrier
+      inputs * t.threads * kVectorBytes + int64_t{sizeof(uint64_t)};
+  const int64_t multiprocessors = std::max(1, device.multiprocessors - device.spare_multiprocessors);
+  Room room;
+  for (int together = kBlocks; together > 0; --together) {
+    const int64_t memory = std::min(device.shared_memory - kStaticMemory,
+                                    device.multiprocessor_memory / together - kBlockReserve);
+    const int64_t depth = (memory - overhead) / vector_bytes;
+    if (memory < overhead || depth < 1) continue;
+    room.blocks = multiprocessors * together;
+    room.chunks = ceil_div(t.positions(), depth * stride(t));
+    if (room.chunks <= room.blocks) break;
+  }
+  return room;
+}
+
+// Cuts slabs into chunks, and says how many slabs are under way at once.
+void share(Plan& plan, Tiling& t, const Room& room, const Device& device, int64_t inputs) {
+  plan.together = t.groups;
+  const int64_t slab_bytes =
+      t.positions() * (t.traversal == Traversal::planes ? 1 : t.vectors) * inputs * kVectorBytes;
+  int64_t chunks = room.chunks;
+  // Few slabs leave multiprocessors over: they share those that take a block alone too long.
+  if (chunks == 1 && slab_bytes > kAloneBytes && t.groups * 2 <= device.multiprocessors) chunks = 2;
+  if (chunks == 1) return cut(t, 1);
+  const int64_t most =
+      std::min(ceil_div(slab_bytes, kAloneBytes / 2), ceil_div(t.positions(), kLeastRows * stride(t)));
+  // Clusters start as others end, and need no room for all at once.
+  const int64_t of_cluster = std::max(chunks, std::min(room.blocks / t.groups, most));
+  if (of_cluster <= device.cluster_blocks) {
+    cut(t, of_cluster);
+    plan.cluster = static_cast<int>(t.chunks);
+    return;
+  }
+  const int64_t turns = ceil_div(t.groups, std::min(t.groups, room.blocks / chunks));
+  plan.together = ceil_div(t.groups, turns);
+  cut(t, std::max(chunks, std::min(room.blocks / plan.together, most)));
+  if (t.chunks == 1) plan.together = t.groups;
+  plan.waiting_blocks = t.chunks > 1 ? plan.together * t.chunks : 0;
+}
+
+// Whether vectors of every slab lie in runs long enough, and in the order of threads.
+bool has_long_runs(const Tiling& t, int lanes) {
+  if (t.row_length % lanes != 0 || t.group_width % lanes != 0 || t.row_length % t.group_width != 0)
+    return false;
+  if (t.traversal == Traversal::planes) return t.vectors * kVectorBytes >= kBulkBytes;
+  const int64_t run = t.group_width == t.row_length ? t.vectors * t.chunk : t.vectors;
+  return run * kVectorBytes >= kBulkBytes && t.threads == t.vectors * t.height;
+}
+
 }  // namespace
 
 bool make_resident(const Problem& problem, const Device& device, bool aligned, Plan& plan) {
@@ -74,50 +136,24 @@ bool make_resident(const Problem& problem, const Device& device, bool aligned, P
   Tiling t =
       plan.reduce.traversal == Traversal::planes ? planes(e, lanes, aligned, most) : rows(e, lanes, most);
   if (t.threads > most) return refuse("a row of a slab is wider than a block");
-
-  // As many blocks on a multiprocessor as there is room for a slab to be kept at all.
-  const int64_t overhead = ResidentMemory(t, lanes, inputs, 0).bytes;
-  const int64_t vector_bytes = inputs * t.threads * kVectorBytes;  // of every thread one
-  const int64_t multiprocessors = std::max(1, device.multiprocessors - device.spare_multiprocessors);
-  int64_t blocks = 0, chunks = 0;
-  for (int together = kBlocks; together > 0; --together) {
-    const int64_t memory =
-        std::min(device.shared_memory, device.multiprocessor_memory / together - kBlockReserve);
-    const int64_t depth = (memory - overhead) / vector_bytes;
-    if (memory < overhead || depth < 1) continue;
-    blocks = multiprocessors * together;
-    chunks = ceil_div(t.positions(), depth * stride(t));
-    if (chunks <= blocks) break;
-  }
-  if (chunks == 0) return refuse("a block's shared memory holds no vectors");
-  if (chunks > blocks) return refuse("a slab does not fit the device's shared memory");
-
-  // Few slabs leave multiprocessors over: they share those that take a block alone too long.
-  const int64_t slab_bytes =
-      t.positions() * (t.traversal == Traversal::planes ? 1 : t.vectors) * inputs * kVectorBytes;
-  if (chunks == 1 && slab_bytes > kAloneBytes && t.groups * 2 <= multiprocessors) chunks = 2;
-  plan.together = t.groups;
-  if (chunks > 1) {
-    const int64_t turns = ceil_div(t.groups, std::min(t.groups, blocks / chunks));
-    plan.together = ceil_div(t.groups, turns);
-    const int64_t shares =
-        std::min(ceil_div(slab_bytes, kAloneBytes / 2), ceil_div(t.positions(), kLeastRows * stride(t)));
-    chunks = std::max(chunks, std::min(blocks / plan.together, shares));
-  }
-  cut(t, chunks);
-  if (t.chunks == 1) plan.together = t.groups;
+  const Room room = find_room(t, device, lanes, inputs);
+  if (room.chunks == 0) return refuse("a block's shared memory holds no vectors");
+  if (room.chunks > room.blocks) return refuse("a slab does not fit the device's shared memory");
+  share(plan, t, room, device, inputs);
+  plan.bulk_copies = device.bulk_copies && aligned && has_long_runs(t, lanes);
   plan.depth = static_cast<int>(ceil_div(t.chunk, stride(t)));
   plan.block_memory = ResidentMemory(t, lanes, inputs, plan.depth).bytes;
-  plan.waiting_blocks = t.chunks > 1 ? plan.together * t.chunks : 0;
   plan.engine = Engine::resident;
   plan.reduce = t;
   plan.map = {};
   plan.map.traversal = t.traversal;
   plan.maps = false;
-  plan.scratch_bytes = t.chunks * e.channels * int64_t{sizeof(double)} * 2;
+  plan.scratch_bytes = plan.waiting_blocks > 0 ? t.chunks * e.channels * int64_t{sizeof(double)} * 2 : 0;
   const int64_t mask_passes = traffic(problem).mask_passes;
   plan.bytes_moved = plan.bytes_minimum + std::max<int64_t>(0, mask_passes - 1) * mask_bytes(e.numel());
-  plan.why = t.chunks == 1 ? "a block keeps a slab, in one launch" : "blocks that share a slab keep it";
+  plan.why = t.chunks == 1             ? "a block keeps a slab, in one launch"
+             : plan.waiting_blocks > 0 ? "blocks that share a slab keep it"
+                                       : "a cluster keeps a slab, in one launch";
   return true;
 }
 

@@ -57,6 +57,8 @@ class Schedule:
     l2: int = 1 << 20
     shared_memory: int = 48 << 10
     multiprocessor_memory: int = 49 << 10
+    cluster_blocks: int = 1
+    bulk_copies: bool = False
     engine: str = "streaming"
 
 
@@ -70,6 +72,7 @@ class Fault:
     tear_atomics: bool = False
     skip_group_barrier: bool = False
     skip_async_wait: bool = False
+    unordered_wait: int = -1
 
 
 @dataclass
@@ -145,6 +148,8 @@ class HostCall:
             s.l2,
             s.shared_memory,
             s.multiprocessor_memory,
+            s.cluster_blocks,
+            s.bulk_copies,
             ENGINES.index(s.engine),
             *astuple(self.fault),
             NUMBERED.index(p.activation or "none"),
@@ -154,6 +159,10 @@ class HostCall:
         tensors = [x, p.dy if self.backward else None, p.residual, *vectors]
         counter = b"" if self.counter is None else struct.pack("q", self.counter)
         return head + b"".join(self._bytes(t) for t in tensors if t is not None) + counter
+
+
+# What a result says of how it was made.
+TOOK = ("launches", "waiting", "cluster", "bulk")
 
 
 @dataclass
@@ -170,12 +179,12 @@ class Result:
     dresidual: Tensor | None
     launches: list[int]  # kernels of forward, of backward
     waiting: list[int]  # blocks of each that wait for each other
+    cluster: list[int]  # blocks of a cluster of each
+    bulk: list[int]  # whether copies are in bulk
 
     def bits(self) -> bytes:
         tensors = [
-            getattr(self, field.name)
-            for field in fields(self)
-            if field.name not in ("counter", "launches", "waiting")
+            getattr(self, field.name) for field in fields(self) if field.name not in ("counter", *TOOK)
         ]
         return b"".join(t.contiguous().view(torch.uint8).numpy().tobytes() for t in tensors if t is not None)
 
@@ -224,10 +233,12 @@ class _Reader:
             dresidual=like_x() if want[3] else None,
             launches=[],
             waiting=[],
+            cluster=[],
+            bulk=[],
         )
-        for launches, waiting in self.tensor([2, 2], torch.int64).tolist():
-            result.launches.append(launches)
-            result.waiting.append(waiting)
+        for took in self.tensor([2, 4], torch.int64).tolist():
+            for name, value in zip(TOOK, took, strict=True):
+                getattr(result, name).append(value)
         return result
 
 

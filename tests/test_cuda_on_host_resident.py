@@ -1,7 +1,7 @@
 """The resident CUDA kernels run over an execution model on the CPU (see test_cuda_on_host): one launch each way.
 
 Alone, a block keeps a slab; sharing, blocks wait for each other, all alive at once; in turns, a group of blocks has
-slabs one after another. Every call is whole, against the float64 reference, with guard zones around all buffers.
+slabs one after another; in clusters, blocks read each other's memory. Every call is whole, against the float64 reference, with guard zones around all buffers.
 """
 
 from __future__ import annotations
@@ -36,8 +36,9 @@ from problem import Problem, make, make_active
 from test_cuda_on_host_residual import SHIFTS, joined, run_and_check_all
 
 ALONE = Schedule(engine="resident")
-SHARING = replace(ALONE, multiprocessors=24, shared_memory=14 << 10, multiprocessor_memory=30 << 10)
+SHARING = replace(ALONE, multiprocessors=24, shared_memory=16 << 10, multiprocessor_memory=34 << 10)
 IN_TURNS = replace(SHARING, multiprocessors=12)
+CLUSTERS = replace(IN_TURNS, cluster_blocks=8)
 LARGE_DEVICE = replace(
     ALONE,
     multiprocessors=132,
@@ -45,6 +46,8 @@ LARGE_DEVICE = replace(
     l2=50 << 20,
     shared_memory=227 << 10,
     multiprocessor_memory=228 << 10,
+    cluster_blocks=8,
+    bulk_copies=True,
 )
 KEPT = [FLOAT32, BFLOAT16, FLOAT16]
 every_kept = pytest.mark.parametrize("dtypes", KEPT, ids=str)
@@ -60,6 +63,14 @@ SHARED = [
     ((33, 3, 17, 31), "nchw"),
     ((33, 3, 16, 32), "nchw"),
     ((60, 7, 5, 4), "nhwc"),
+]
+# Runs that are copied in bulk: joined rows, whole ones, planes whose runs end within what is copied at once.
+LONG_RUNS = [
+    ((512, 8), "nc"),
+    ((160, 32), "nc"),
+    ((9, 3, 16, 32), "nchw"),
+    ((2, 2, 40, 56), "nchw"),
+    ((3, 2, 16, 20, 8), "ncdhw"),
 ]
 
 
@@ -106,6 +117,55 @@ def test_blocks_that_wait_for_each_other(dtypes: Dtypes, schedule: Schedule) -> 
     ]
     for result in run(calls):
         assert all(1 < waiting <= 2 * schedule.multiprocessors for waiting in result.waiting)
+
+
+@every_kept
+def test_clusters(dtypes: Dtypes) -> None:
+    """Of any size that there is; also where no more than one is alive at a time."""
+    calls = [
+        HostCall(make(shape, LAYOUT[name], dtypes, TRAIN), schedule, shifts=shifts, counter=3)
+        for shape, name in SHARED
+        for schedule in (CLUSTERS, replace(CLUSTERS, order="random", seed=3, resident_blocks=1))
+        for shifts in ((0, 0, 0), (1, 0, 0), (1, 1, 1))
+    ]
+    sizes = set()
+    for result in run(calls):
+        sizes |= {
+            cluster for cluster, waiting in zip(result.cluster, result.waiting, strict=True) if not waiting
+        }
+    assert len(sizes - {1}) >= 4 and max(sizes) <= 8
+
+
+@pytest.mark.parametrize(
+    "schedule", [ALONE, SHARING, IN_TURNS, CLUSTERS], ids=["alone", "sharing", "in turns", "clusters"]
+)
+@every_kept
+def test_bulk_copies(dtypes: Dtypes, schedule: Schedule) -> None:
+    """The bits are those of copies of 16 bytes."""
+    calls = [
+        HostCall(problem, replace(schedule, bulk_copies=bulk, order=order, seed=2), counter=3)
+        for shape, name in LONG_RUNS
+        for problem in (
+            make(shape, LAYOUT[name], dtypes, TRAIN),
+            joined(Active("relu"), shape, name, dtypes, TRAIN),
+            joined(Active("silu"), shape, name, dtypes, TRAIN),
+        )
+        for bulk, order in ((False, "ascending"), (True, "ascending"), (True, "random"))
+    ]
+    results = run(calls)
+    for k in range(0, len(results), 3):
+        assert [result.bulk for result in results[k : k + 3]] == [[0, 0], [1, 1], [1, 1]]
+        assert len({result.bits() for result in results[k : k + 3]}) == 1
+
+
+def test_shifted_tensors_are_not_copied_in_bulk() -> None:
+    calls = [
+        HostCall(
+            make(shape, LAYOUT[name], FLOAT32, TRAIN), replace(ALONE, bulk_copies=True), shifts=(1, 1, 1)
+        )
+        for shape, name in LONG_RUNS
+    ]
+    assert not any(any(result.bulk) for result in run(calls))
 
 
 @every_active

@@ -20,6 +20,11 @@ def few(kilobytes: int) -> Schedule:
     return replace(FEW, shared_memory=kilobytes << 10, multiprocessor_memory=2 * (kilobytes + 1) << 10)
 
 
+def clustered(schedule: Schedule) -> Schedule:
+    """One cluster at a time."""
+    return replace(schedule, cluster_blocks=8, resident_blocks=1)
+
+
 # Blocks of so much memory share a slab, in turns: with four bytes to an element, with two.
 Shared = tuple[tuple[int, ...], str, Schedule]
 FEW_SHARED: dict[int, list[Shared]] = {
@@ -31,11 +36,16 @@ FEW_SHARED: dict[int, list[Shared]] = {
     ],
     2: [
         ((300, 5), "nc", few(9)),
-        ((24, 72), "nc", few(11)),
+        ((24, 72), "nc", few(13)),
         ((3, 3, 17, 71), "nchw", few(9)),
         ((20, 33, 3, 3), "nchw", few(9)),
     ],
 }
+# Planes and joined rows that are copied in bulk, by blocks that take turns.
+FEW_IN_BULK: list[Shared] = [
+    ((4, 6, 16, 32), "nchw", replace(few(10), bulk_copies=True)),
+    ((256, 16), "nc", replace(few(14), bulk_copies=True)),
+]
 every_shared = pytest.mark.parametrize("shape,name,schedule", FEW_SHARED[4], ids=lambda v: str(v)[:20])
 
 
@@ -45,8 +55,11 @@ def test_sanitizers_find_nothing(variant: str, dtypes: Dtypes) -> None:
     cases: list[Shared] = [(*case, replace(ALONE, resident_blocks=3)) for case in SMALL]
     if variant == "address":
         cases += [(*case, IN_TURNS) for case in SHARED]
+        cases += [(*case, replace(IN_TURNS, cluster_blocks=8, bulk_copies=True)) for case in SHARED]
     else:
         cases += FEW_SHARED[dtypes.input.itemsize]
+        cases += [(*case[:2], clustered(case[2])) for case in FEW_SHARED[dtypes.input.itemsize]]
+    cases += FEW_IN_BULK
     calls = []
     for shape, name, schedule in cases:
         schedule = replace(schedule, order="random", seed=5)
@@ -60,6 +73,8 @@ def test_sanitizers_find_nothing(variant: str, dtypes: Dtypes) -> None:
             calls += [HostCall(p, schedule, shifts=(shift, shift, shift), counter=1) for p in problems]
     results = run(calls, variant)
     assert any(max(result.waiting) > 1 for result in results)
+    assert any(max(result.cluster) > 1 for result in results)
+    assert any(max(result.bulk) for result in results)
 
 
 def report(fault: Fault, variant: str, shape: tuple[int, ...], name: str, schedule: Schedule) -> str:
@@ -76,6 +91,20 @@ def test_a_missing_group_barrier_is_a_data_race(
     assert "data race" in report(Fault(skip_group_barrier=True), "thread", shape, name, schedule)
 
 
+@every_shared
+@pytest.mark.parametrize("wait", [0, 1], ids=["to read", "to end"])
+def test_a_missing_wait_for_the_cluster_is_a_data_race(
+    wait: int, shape: tuple[int, ...], name: str, schedule: Schedule
+) -> None:
+    assert "data race" in report(Fault(unordered_wait=wait), "thread", shape, name, clustered(schedule))
+
+
+@pytest.mark.parametrize("barrier", [0, 5], ids=["first", "at the end of a turn"])
+def test_bulk_copies_too_early_are_a_data_race(barrier: int) -> None:
+    """Before their barriers are seen, and over what others still read."""
+    assert "data race" in report(Fault(skip_barrier=barrier), "thread", *FEW_IN_BULK[0])
+
+
 @pytest.mark.parametrize(
     "barrier,case",
     [(barrier, FEW_SHARED[4][0]) for barrier in range(4)]
@@ -86,12 +115,16 @@ def test_a_missing_block_barrier_is_a_data_race(barrier: int, case: Shared) -> N
     assert "data race" in report(Fault(skip_barrier=barrier), "thread", *case)
 
 
-@pytest.mark.parametrize("shape,name", [SMALL[1], SMALL[4], *SHARED[3:6:2]], ids=str)
-def test_an_early_read_of_a_copy_is_found(shape: tuple[int, ...], name: str) -> None:
+@pytest.mark.parametrize(
+    "shape,name,schedule",
+    [*((*case, SHARING) for case in [SMALL[1], SMALL[4], *SHARED[3:6:2]]), *FEW_IN_BULK],
+    ids=lambda v: str(v)[:20],
+)
+def test_an_early_read_of_a_copy_is_found(shape: tuple[int, ...], name: str, schedule: Schedule) -> None:
     """By AddressSanitizer on the spot; without it, by results that are wrong and by copies nobody waited for."""
     fault = Fault(skip_async_wait=True)
-    assert "poison" in report(fault, "address", shape, name, SHARING)
-    assert "copies under way" in report(fault, "plain", shape, name, SHARING)
+    assert "poison" in report(fault, "address", shape, name, schedule)
+    assert "copies under way" in report(fault, "plain", shape, name, schedule)
 
 
 @pytest.mark.parametrize("shape,name", [*SMALL, *SHARED], ids=str)

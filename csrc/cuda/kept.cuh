@@ -14,12 +14,14 @@ struct Resident {
   int depth;            // vectors that a thread keeps of each input
   bool same_phase;      // all tensors begin at the same distance from a boundary of sixteen bytes
   bool whole;           // every place is a whole vector on a boundary
+  bool clustered;       // blocks of a slab are a cluster
+  bool bulk;            // copies are long ones, see bulk.cuh
   ResidentMemory memory;
   int64_t numel;
   int phase;  // elements from a boundary to output 0 of the map
 
   BNEXT_DEVICE unsigned* counter_of_all() const { return reduction.counters; }
-  BNEXT_DEVICE unsigned* counter_of(unsigned slab) const { return reduction.counters + 1 + slab % together; }
+  BNEXT_DEVICE unsigned* counter_of(unsigned group) const { return reduction.counters + 1 + group; }
 };
 
 // The calling thread's vectors in block memory.
@@ -28,6 +30,8 @@ struct Kept {
   int threads, depth;
 
   BNEXT_DEVICE Vector16& at(int input, int k) const { return first[(input * depth + k) * threads]; }
+  BNEXT_DEVICE static Vector16* of_all() { return reinterpret_cast<Vector16*>(block_memory()); }
+  BNEXT_DEVICE Vector16* of_block(int input) const { return of_all() + input * depth * threads; }
 };
 
 // Whether all of a vector is there and lies on a boundary, in all tensors of one phase.

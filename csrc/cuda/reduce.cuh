@@ -26,31 +26,34 @@ struct Reduction {
   bool aligned;        // every vector that is walked lies on a boundary of sixteen bytes
   Sums* partial;       // [chunk][channel]
   unsigned* counters;  // [group], zero
+
+  BNEXT_DEVICE Sums* part(int64_t chunk, int64_t channel) const {
+    return partial + chunk * extent.channels + channel;
+  }
 };
 
-// The partial sums of one group into totals(channel of the group, sums), each called by one thread.
-template <class F>
-BNEXT_DEVICE void total(const Reduction& r, int64_t first_channel, int channels, double* memory, F totals) {
+// The partial sums of one group, part(chunk, channel of the group), into totals(channel of the group, sums),
+// each called by one thread.
+template <class Part, class F>
+BNEXT_DEVICE void total(int chunks, int channels, double* memory, Part part, F totals) {
   const int threads = static_cast<int>(thread_count()), t = static_cast<int>(thread_index());
-  const int chunks = static_cast<int>(r.tiling.chunks);
   for (int begin = 0; begin < channels; begin += threads) {
     const int count = channels - begin < threads ? channels - begin : threads;
     const int slices = threads / count;
     const int channel = t % count, slice = t / count;
     Sums sums;
     if (slice < slices) {
-      const Sums* from = r.partial + first_channel + begin + channel;
       constexpr int kTogether = 8;  // loads under way at once: each takes as long as all of them
       for (int chunk = slice; chunk < chunks; chunk += kTogether * slices) {
-        Vector16 part[kTogether];
+        Vector16 parts[kTogether];
         BNEXT_UNROLL
         for (int k = 0; k < kTogether; ++k) {
           const int at = chunk + k * slices;
-          part[k] = at < chunks ? load16_fresh(from + at * r.extent.channels) : Vector16{};
+          parts[k] = at < chunks ? part(at, begin + channel) : Vector16{};
         }
         BNEXT_UNROLL
         for (int k = 0; k < kTogether; ++k)
-          sums += {element<double>(part[k], 0), element<double>(part[k], 1)};
+          sums += {element<double>(parts[k], 0), element<double>(parts[k], 1)};
       }
     }
     sync_block();
@@ -76,12 +79,12 @@ BNEXT_DEVICE void put_back(const Reducer& reducer, Batch<Reducer, kVectors>& bat
   }
 }
 
-// A batch of vectors, one beneath the other: lane by lane into sums[lane].
-template <class Reducer, int kVectors>
+// A batch of vectors, one beneath the other: lane by lane into sums[lane], some of the lanes.
+template <int kFirst, int kEnd, class Reducer, int kVectors>
 BNEXT_DEVICE void add_columns(const Reducer& reducer, Batch<Reducer, kVectors>& batch,
                               const typename Reducer::Centers& centers, Sums* sums) {
   BNEXT_UNROLL
-  for (int lane = 0; lane < kLanes<typename Reducer::Storage>; ++lane) {
+  for (int lane = kFirst; lane < kEnd; ++lane) {
     Elements<Reducer, kVectors> elements;
     BNEXT_UNROLL
     for (int u = 0; u < kVectors; ++u) elements.take(u, batch, u, lane);
@@ -156,7 +159,7 @@ BNEXT_DEVICE void reduce_rows(const Reduction& r, Reducer& reducer) {
   Sums sums[kCount];
   const int64_t begin = chunk * t.chunk, end = min_of(begin + t.chunk, t.rows),
                 stride = height * t.row_length, base = at_columns.base;
-  const auto add = [&](auto& batch) { add_columns(reducer, batch, centers, sums); };
+  const auto add = [&](auto& batch) { add_columns<0, kCount>(reducer, batch, centers, sums); };
   int64_t at = begin + row;
   if (r.aligned && lanes == kCount) {
     BNEXT_NO_UNROLL
@@ -183,7 +186,7 @@ BNEXT_DEVICE void reduce_rows(const Reduction& r, Reducer& reducer) {
     reduce_batch<false>(reducer, rest, centers.fill(), add);
   }
 
-  Sums* const partial = r.partial + chunk * r.extent.channels + first_channel;
+  Sums* const partial = r.part(chunk, first_channel);
   at_columns.add_up(sums, at_columns.active, row, height, memory, partial);
   const auto fold = [&](int k, const Sums& all) {
     reducer.fold(first_channel + k, reducer.center(first_channel + k), all);
@@ -193,7 +196,8 @@ BNEXT_DEVICE void reduce_rows(const Reduction& r, Reducer& reducer) {
     return;
   }
   if (!last_to_arrive(r.counters + group, static_cast<unsigned>(t.chunks))) return;
-  total(r, first_channel, channels, memory, fold);
+  const auto part = [&](int chunk, int k) { return load16_fresh(r.part(chunk, first_channel + k)); };
+  total(static_cast<int>(t.chunks), channels, memory, part, fold);
 }
 
 template <class Reducer>
@@ -248,9 +252,12 @@ BNEXT_DEVICE void reduce_planes(const Reduction& r, Reducer& reducer) {
     if (thread_index() == 0) reducer.fold(channel, center, all);
     return;
   }
-  if (thread_index() == 0) r.partial[chunk * r.extent.channels + channel] = all;
+  if (thread_index() == 0) *r.part(chunk, channel) = all;
   if (!last_to_arrive(r.counters + channel, static_cast<unsigned>(t.chunks))) return;
-  total(r, channel, 1, memory, [&](int, const Sums& sum) { reducer.fold(channel, center, sum); });
+  total(
+      static_cast<int>(t.chunks), 1, memory,
+      [&](int chunk, int) { return load16_fresh(r.part(chunk, channel)); },
+      [&](int, const Sums& sum) { reducer.fold(channel, center, sum); });
 }
 
 }  // namespace bnext::cuda

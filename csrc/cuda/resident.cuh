@@ -4,6 +4,8 @@
 // block of the group, so that all have the same bits without a second wait.
 #pragma once
 
+#include "cuda/bulk.cuh"
+#include "cuda/groups.cuh"
 #include "cuda/kept.cuh"
 #include "cuda/map.cuh"
 #include "cuda/primitives_together.cuh"
@@ -31,8 +33,7 @@ struct ResidentBlock {
       : r(r),
         reducer(reducer),
         map(map),
-        kept{reinterpret_cast<Vector16*>(block_memory()) + thread_index(), static_cast<int>(thread_count()),
-             r.depth} {}
+        kept{Kept::of_all() + thread_index(), static_cast<int>(thread_count()), r.depth} {}
 
   template <class Value>
   BNEXT_DEVICE Value* memory(int64_t offset) const {
@@ -44,6 +45,8 @@ struct ResidentBlock {
   BNEXT_DEVICE bool is_whole(const Span& place) const {
     return r.same_phase && cuda::is_whole<kCount>(place, r.numel, r.phase);
   }
+
+  BNEXT_DEVICE unsigned& turn() const { return *memory<unsigned>(r.memory.turn); }
 
   BNEXT_DEVICE bits_t<T>* lanes(int input, int k) const {
     return reinterpret_cast<bits_t<T>*>(&kept.at(input, k));
@@ -71,8 +74,32 @@ struct ResidentBlock {
     }
   }
 
+  BNEXT_DEVICE void begin_copies(const Slab& slab, const Center* centers) const {
+    if (r.bulk) {
+      const Group group{r};
+      return begin_bulk_copies(reducer, Slab::runs(r.reduction, group.slab(turn()), group.rank()), kept,
+                               kVectors, memory<uint64_t>(r.memory.barriers),
+                               [&](int i) { return is_there(i); });
+    }
+    auto ahead = slab.places();
+    BNEXT_NO_UNROLL
+    for (int k = 0; k < slab.count; ++k) {
+      copy(slab, centers, ahead.place(), k);
+      ahead.forward();
+      if (k % kVectors == kVectors - 1 || k == slab.count - 1) commit_copies();
+    }
+  }
+
+  // For the vectors from k on that are added at a time, of those of the calling thread.
+  BNEXT_DEVICE void wait_for(const Slab& slab, int k) const {
+    if (r.bulk) return wait_for_bytes(memory<uint64_t>(r.memory.barriers) + k / kVectors, turn());
+    wait_for_copies((slab.count - 1 - k) / kVectors);
+  }
+
   // The sums of this thread's vectors; leaves the centers of the slab's channels.
-  BNEXT_DEVICE void reduce(const Slab& slab, Center* centers, Sums (&sums)[Slab::kSums]) const {
+  BNEXT_DEVICE void reduce(Center* centers, Sums (&sums)[Slab::kSums]) const {
+    const Group group{r};
+    const Slab slab(r.reduction, group.slab(turn()), group.rank(), r.phase);
     const auto find_centers = [&] {
       for (int k = thread_index(); k < slab.channels; k += thread_count()) {
         centers[k] = reducer.center(slab.first_channel + k);
@@ -82,16 +109,10 @@ struct ResidentBlock {
     // Parts of vectors are filled up with centers, which otherwise wait until copies are under way.
     BNEXT_NO_UNROLL
     for (int step = 0; step < 2; ++step) {
-      if ((step == 0) != r.whole) {
+      if ((step == 0) == r.whole) {
+        begin_copies(slab, centers);
+      } else {
         find_centers();
-        continue;
-      }
-      auto ahead = slab.places();
-      BNEXT_NO_UNROLL
-      for (int k = 0; k < slab.count; ++k) {
-        copy(slab, centers, ahead.place(), k);
-        ahead.forward();
-        if (k % kVectors == kVectors - 1 || k == slab.count - 1) commit_copies();
       }
     }
     typename Reducer::Centers held;
@@ -115,7 +136,7 @@ struct ResidentBlock {
         }
       }
       load_bits<false>(reducer, places, batch);
-      wait_for_copies((slab.count - 1 - k) / kVectors);
+      wait_for(slab, k);
       BNEXT_UNROLL
       for (int i = 0; i < kInputs; ++i) {
         BNEXT_UNROLL
@@ -197,19 +218,26 @@ struct ResidentBlock {
     Center* const centers = memory<Center>(r.memory.centers);
     Sums* const totals = memory<Sums>(r.memory.totals);
     Math* const values = memory<Math>(r.memory.coefficients);
-    unsigned number = block_index() % r.together;
-    for (; number < static_cast<unsigned>(t.groups); number += r.together) {
+    const Group group{r};
+    for (int k = thread_index(); r.bulk && k < r.depth; k += thread_count()) {
+      prepare_barrier(memory<uint64_t>(r.memory.barriers) + k);
+    }
+    if (thread_index() == 0) turn() = 0;
+    sync_block();
+    while (group.slab(turn()) < static_cast<unsigned>(t.groups)) {
       Sums sums[Slab::kSums];
-      reduce(Slab(r.reduction, number, block_index() / r.together, r.phase), centers, sums);
+      reduce(centers, sums);
 
-      const unsigned chunk = static_cast<unsigned>(anew(block_index())) / r.together;
-      const Slab slab(r.reduction, anew(number), chunk, r.phase);
-      Sums* const partial = r.reduction.partial + chunk * r.reduction.extent.channels + slab.first_channel;
-      slab.add_up(sums, memory<double>(r.memory.values), chunks == 1 ? totals : partial);
+      const Slab slab(r.reduction, group.slab(turn()), group.rank(), r.phase);
+      slab.add_up(sums, memory<double>(r.memory.values),
+                  chunks == 1 ? totals : group.part(slab.first_channel));
       if (chunks > 1) {
-        arrive_and_wait(r.counter_of(number), (number / r.together + 1) * chunks);
-        total(r.reduction, slab.first_channel, slab.channels, memory<double>(r.memory.values),
-              [&](int k, const Sums& sums) { totals[k] = sums; });
+        group.meet(turn());
+        total(
+            static_cast<int>(chunks), slab.channels, memory<double>(r.memory.values),
+            [&](int rank, int k) { return group.part_of(rank, slab.first_channel, k); },
+            [&](int k, const Sums& sums) { totals[k] = sums; });
+        group.has_read();
         sync_block();
       }
       for (int k = thread_index(); k < slab.channels; k += thread_count()) {
@@ -218,13 +246,15 @@ struct ResidentBlock {
         map.coefficients(c, centers[k], totals[k], of_channel);
         BNEXT_UNROLL
         for (int i = 0; i < kCoefficients; ++i) values[i * slab.channels + k] = of_channel[i];
-        if (chunk == 0) reducer.fold(c, centers[k], totals[k]);
+        if (group.rank() == 0) reducer.fold(c, centers[k], totals[k]);
       }
       sync_block();
       write_all(slab, values);
+      if (r.bulk) yield_to_bulk_copies();
+      if (thread_index() == 0) ++turn();
       sync_block();
     }
-    if (chunks > 1) leave_group(r.counter_of(number), (number / r.together + 1) * chunks);
+    if (chunks > 1) group.leave(turn());
   }
 };
 

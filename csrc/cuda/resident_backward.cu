@@ -41,8 +41,8 @@ auto with_kernel(const BackwardArgs& args, const Plan& plan, F f) {
 }  // namespace
 
 bool can_run(const BackwardArgs& args, const Plan& plan) {
-  return plan.waiting_blocks == 0 ||
-         with_kernel(args, plan, [&](auto kernel) { return can_wait(kName, kernel, plan); });
+  return plan.engine != Engine::resident ||
+         with_kernel(args, plan, [&](auto kernel) { return can_launch(kName, kernel, plan); });
 }
 
 void resident_backward(const BackwardArgs& args, const Plan& plan, const Workspace& workspace) {

@@ -45,9 +45,19 @@ auto with_kernel(const ForwardArgs& args, const Plan& plan, F f) {
 
 }  // namespace
 
+#if defined(__CUDACC__)
+int compiled_for() {
+  cudaFuncAttributes attributes;
+  require(kName,
+          cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(
+                                                 batch_norm_resident_kernel<float, Traversal::rows, false>)));
+  return 10 * attributes.ptxVersion;
+}
+#endif
+
 bool can_run(const ForwardArgs& args, const Plan& plan) {
-  return plan.waiting_blocks == 0 ||
-         with_kernel(args, plan, [&](auto kernel) { return can_wait(kName, kernel, plan); });
+  return plan.engine != Engine::resident ||
+         with_kernel(args, plan, [&](auto kernel) { return can_launch(kName, kernel, plan); });
 }
 
 void resident_forward(const ForwardArgs& args, const Plan& plan, const Workspace& workspace) {

@@ -39,12 +39,15 @@ inline Resident resident_of(const Plan& plan, int lanes, int inputs, const void*
     const uintptr_t distance = reinterpret_cast<uintptr_t>(data) - reinterpret_cast<uintptr_t>(written);
     same_phase &= data == nullptr || distance % 16 == 0;
   }
+  const bool whole = same_phase && on_boundary(written) && whole_vectors(plan.reduce, lanes) &&
+                     plan.extent.numel() % lanes == 0;
   return {{plan.extent, plan.reduce, false, static_cast<Sums*>(workspace.scratch), workspace.counters},
           static_cast<unsigned>(plan.together),
           plan.depth,
           same_phase,
-          same_phase && on_boundary(written) && whole_vectors(plan.reduce, lanes) &&
-              plan.extent.numel() % lanes == 0,
+          whole,
+          plan.cluster > 1,
+          plan.bulk_copies && whole,
           ResidentMemory(plan.reduce, lanes, inputs, plan.depth),
           plan.extent.numel(),
           static_cast<int>(reinterpret_cast<uintptr_t>(written) % 16 / (16 / static_cast<unsigned>(lanes)))};
@@ -52,59 +55,71 @@ inline Resident resident_of(const Plan& plan, int lanes, int inputs, const void*
 
 #if defined(__CUDACC__)
 
-constexpr int64_t kMemoryUnasked = 48 << 10;  // bytes of shared memory that every kernel may have
-
-template <class Params>
-void allow_memory(const char* name, void (*kernel)(Params), const Plan& plan) {
-  const auto function = reinterpret_cast<const void*>(kernel);
-  if (plan.block_memory > kMemoryUnasked) {
-    require(name, cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                       static_cast<int>(plan.block_memory)));
+// The shape of a launch, in the driver's terms; it refers to itself.
+class LaunchShape {
+ public:
+  LaunchShape(const Plan& plan, void* stream) {
+    config_.gridDim = dim3(static_cast<unsigned>(plan.reduce_blocks()));
+    config_.blockDim = dim3(static_cast<unsigned>(plan.reduce.threads));
+    config_.dynamicSmemBytes = static_cast<size_t>(plan.block_memory);
+    config_.stream = static_cast<cudaStream_t>(stream);
+    config_.attrs = &attribute_;
+    if (plan.cluster > 1) {
+      attribute_.id = cudaLaunchAttributeClusterDimension;
+      attribute_.val.clusterDim = {static_cast<unsigned>(plan.cluster), 1, 1};
+      config_.numAttrs = 1;
+    } else if (plan.waiting_blocks > 0) {
+      attribute_.id = cudaLaunchAttributeCooperative;
+      attribute_.val.cooperative = 1;
+      config_.numAttrs = 1;
+    }
   }
-  require(name, cudaFuncSetAttribute(function, cudaFuncAttributePreferredSharedMemoryCarveout,
-                                     cudaSharedmemCarveoutMaxShared));
-}
+  LaunchShape(const LaunchShape&) = delete;
 
-// Whether the current device holds the blocks that wait for each other, all at once.
+  const cudaLaunchConfig_t* get() const { return &config_; }
+
+ private:
+  cudaLaunchConfig_t config_{};
+  cudaLaunchAttribute attribute_{};
+};
+
+// Whether the current device holds what must run at once: all waiting blocks, or a cluster. Where it does,
+// the kernel may have the memory. The driver is asked once.
+bool can_launch(const char* name, const void* kernel, const Plan& plan);
+
 template <class Params>
-bool can_wait(const char* name, void (*kernel)(Params), const Plan& plan) {
-  allow_memory(name, kernel, plan);
-  int index = 0, multiprocessors = 0, blocks = 0;
-  require(name, cudaGetDevice(&index));
-  require(name, cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, index));
-  require(name, cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, reinterpret_cast<const void*>(kernel),
-                                                              plan.reduce.threads,
-                                                              static_cast<size_t>(plan.block_memory)));
-  return int64_t{blocks} * multiprocessors >= plan.waiting_blocks;
+bool can_launch(const char* name, void (*kernel)(Params), const Plan& plan) {
+  return can_launch(name, reinterpret_cast<const void*>(kernel), plan);
 }
 
 template <class Params>
 void launch_resident(const char* name, void (*kernel)(Params), const Plan& plan, void* stream,
                      Params params) {
-  allow_memory(name, kernel, plan);
   void* arguments[] = {&params};
-  const auto function = reinterpret_cast<const void*>(kernel);
-  const dim3 grid(static_cast<unsigned>(plan.reduce_blocks())),
-      block(static_cast<unsigned>(plan.reduce.threads));
-  const auto memory = static_cast<size_t>(plan.block_memory);
-  const auto on = static_cast<cudaStream_t>(stream);
-  require(name, plan.waiting_blocks > 0
-                    ? cudaLaunchCooperativeKernel(function, grid, block, arguments, memory, on)
-                    : cudaLaunchKernel(function, grid, block, arguments, memory, on));
+  const LaunchShape shape(plan, stream);
+  require(name, cudaLaunchKernelExC(shape.get(), reinterpret_cast<const void*>(kernel), arguments));
 }
 
 #else
 
 template <class Params>
-bool can_wait(const char*, void (*)(Params), const Plan&) {
+bool can_launch(const char*, void (*)(Params), const Plan&) {
   return true;
 }
 
 template <class Params>
 void launch_resident(const char*, void (*kernel)(Params), const Plan& plan, void*, Params params) {
-  const auto call = plan.waiting_blocks > 0 ? model::launch_cooperative : model::launch;
-  call(static_cast<unsigned>(plan.reduce_blocks()), static_cast<unsigned>(plan.reduce.threads),
-       static_cast<size_t>(plan.block_memory), [&] { kernel(params); });
+  const auto blocks = static_cast<unsigned>(plan.reduce_blocks()),
+             threads = static_cast<unsigned>(plan.reduce.threads);
+  const auto memory = static_cast<size_t>(plan.block_memory);
+  const auto body = [&] { kernel(params); };
+  if (plan.cluster > 1) {
+    model::launch_clusters(blocks, static_cast<unsigned>(plan.cluster), threads, memory, body);
+  } else if (plan.waiting_blocks > 0) {
+    model::launch_cooperative(blocks, threads, memory, body);
+  } else {
+    model::launch(blocks, threads, memory, body);
+  }
 }
 
 #endif

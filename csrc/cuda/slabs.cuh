@@ -5,9 +5,11 @@
 // - places(), one after another: Span place(), forward(); `count` of them belong to the thread;
 // - add(reducer, batch, centers, sums);
 // - add_up(sums, memory, to): over the block into to[channel of the slab], seen by all threads;
-// - channel(lane) of the slab, or -1.
+// - channel(lane) of the slab, or -1;
+// - runs(reduction, slab, chunk): the block's vectors, where all of them are whole.
 #pragma once
 
+#include "cuda/bulk.cuh"
 #include "cuda/columns.cuh"
 #include "cuda/reduce.cuh"
 
@@ -43,12 +45,23 @@ struct RowsSlab {
   }
 
   BNEXT_DEVICE Places places() const { return first; }
+  BNEXT_DEVICE static Runs runs(const Reduction& r, int64_t slab, int64_t chunk) {
+    const Tiling& t = r.tiling;
+    const int64_t begin = chunk * t.chunk, end = min_of(begin + t.chunk, t.rows);
+    const bool joined = t.group_width == t.row_length;
+    return {slab * t.group_width, t.row_length, joined ? t.rows * t.vectors : t.vectors, begin * t.vectors,
+            end * t.vectors};
+  }
   BNEXT_DEVICE int channel(int lane) const { return columns.channel(lane); }
 
+  // There are rows, but as far as the compiler knows the second half may never come: otherwise it has all
+  // lanes under way at once, in more registers than a thread has.
   template <class Batch>
   BNEXT_DEVICE void add(const Reducer& reducer, Batch& batch, const typename Reducer::Centers& centers,
                         Sums (&sums)[kSums]) const {
-    add_columns(reducer, batch, centers, sums);
+    constexpr int kHalf = kCount / 2;
+    add_columns<0, kHalf>(reducer, batch, centers, sums);
+    if (rows > 0) add_columns<kHalf, kCount>(reducer, batch, centers, sums);
   }
 
   // Where columns repeat within a warp, over its lanes first.
@@ -106,6 +119,11 @@ struct PlanesSlab {
     return {Walk(begin, thread_count(), reduction.tiling.vectors), e.channels, first_channel, e.inner, phase};
   }
   BNEXT_DEVICE int channel(int) const { return 0; }
+  BNEXT_DEVICE static Runs runs(const Reduction& r, int64_t slab, int64_t chunk) {
+    const Tiling& t = r.tiling;
+    const int64_t begin = chunk * t.chunk, end = min_of(begin + t.chunk, t.rows * t.vectors);
+    return {slab * r.extent.inner, r.extent.channels * r.extent.inner, t.vectors, begin, end};
+  }
 
   template <class Batch>
   BNEXT_DEVICE void add(const Reducer& reducer, Batch& batch, const typename Reducer::Centers& centers,
