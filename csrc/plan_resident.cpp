@@ -97,10 +97,13 @@ void share(Plan& plan, Tiling& t, const Room& room, const Device& device, int64_
   if (chunks == 1) return cut(t, 1);
   const int64_t most =
       std::min(ceil_div(slab_bytes, kAloneBytes / 2), ceil_div(t.positions(), kLeastRows * stride(t)));
-  // Clusters start as others end, and need no room for all at once.
-  const int64_t of_cluster = std::max(chunks, std::min(room.blocks / t.groups, most));
-  if (of_cluster <= device.cluster_blocks) {
-    cut(t, of_cluster);
+  // Clusters start as others end, and need no room for all at once. More blocks than they have only where
+  // those would load long.
+  const int64_t wanted = std::max(chunks, std::min(room.blocks / t.groups, most));
+  const int64_t largest = device.cluster_blocks;
+  const bool is_small = chunks <= largest && slab_bytes <= largest * kAloneBytes;
+  if (largest > 1 && (wanted <= largest || is_small)) {
+    cut(t, std::min(wanted, largest));
     plan.cluster = static_cast<int>(t.chunks);
     return;
   }

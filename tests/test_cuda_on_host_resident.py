@@ -1,7 +1,8 @@
 """The resident CUDA kernels run over an execution model on the CPU (see test_cuda_on_host): one launch each way.
 
 Alone, a block keeps a slab; sharing, blocks wait for each other, all alive at once; in turns, a group of blocks has
-slabs one after another; in clusters, blocks read each other's memory. Every call is whole, against the float64 reference, with guard zones around all buffers.
+slabs one after another; in clusters, blocks read each other's memory. Every call is whole, against the float64
+reference, with guard zones around all buffers.
 """
 
 from __future__ import annotations
@@ -64,14 +65,6 @@ SHARED = [
     ((33, 3, 16, 32), "nchw"),
     ((60, 7, 5, 4), "nhwc"),
 ]
-# Runs that are copied in bulk: joined rows, whole ones, planes whose runs end within what is copied at once.
-LONG_RUNS = [
-    ((512, 8), "nc"),
-    ((160, 32), "nc"),
-    ((9, 3, 16, 32), "nchw"),
-    ((2, 2, 40, 56), "nchw"),
-    ((3, 2, 16, 20, 8), "ncdhw"),
-]
 
 
 def run(calls: list[HostCall], variant: str = "plain") -> list[Result]:
@@ -119,55 +112,6 @@ def test_blocks_that_wait_for_each_other(dtypes: Dtypes, schedule: Schedule) -> 
         assert all(1 < waiting <= 2 * schedule.multiprocessors for waiting in result.waiting)
 
 
-@every_kept
-def test_clusters(dtypes: Dtypes) -> None:
-    """Of any size that there is; also where no more than one is alive at a time."""
-    calls = [
-        HostCall(make(shape, LAYOUT[name], dtypes, TRAIN), schedule, shifts=shifts, counter=3)
-        for shape, name in SHARED
-        for schedule in (CLUSTERS, replace(CLUSTERS, order="random", seed=3, resident_blocks=1))
-        for shifts in ((0, 0, 0), (1, 0, 0), (1, 1, 1))
-    ]
-    sizes = set()
-    for result in run(calls):
-        sizes |= {
-            cluster for cluster, waiting in zip(result.cluster, result.waiting, strict=True) if not waiting
-        }
-    assert len(sizes - {1}) >= 4 and max(sizes) <= 8
-
-
-@pytest.mark.parametrize(
-    "schedule", [ALONE, SHARING, IN_TURNS, CLUSTERS], ids=["alone", "sharing", "in turns", "clusters"]
-)
-@every_kept
-def test_bulk_copies(dtypes: Dtypes, schedule: Schedule) -> None:
-    """The bits are those of copies of 16 bytes."""
-    calls = [
-        HostCall(problem, replace(schedule, bulk_copies=bulk, order=order, seed=2), counter=3)
-        for shape, name in LONG_RUNS
-        for problem in (
-            make(shape, LAYOUT[name], dtypes, TRAIN),
-            joined(Active("relu"), shape, name, dtypes, TRAIN),
-            joined(Active("silu"), shape, name, dtypes, TRAIN),
-        )
-        for bulk, order in ((False, "ascending"), (True, "ascending"), (True, "random"))
-    ]
-    results = run(calls)
-    for k in range(0, len(results), 3):
-        assert [result.bulk for result in results[k : k + 3]] == [[0, 0], [1, 1], [1, 1]]
-        assert len({result.bits() for result in results[k : k + 3]}) == 1
-
-
-def test_shifted_tensors_are_not_copied_in_bulk() -> None:
-    calls = [
-        HostCall(
-            make(shape, LAYOUT[name], FLOAT32, TRAIN), replace(ALONE, bulk_copies=True), shifts=(1, 1, 1)
-        )
-        for shape, name in LONG_RUNS
-    ]
-    assert not any(any(result.bulk) for result in run(calls))
-
-
 @every_active
 @every_kept
 def test_activation_and_residual(dtypes: Dtypes, active: Active | None) -> None:
@@ -191,7 +135,7 @@ def test_activation_and_residual(dtypes: Dtypes, active: Active | None) -> None:
 @every_kept
 def test_in_place(dtypes: Dtypes, active: Active | None) -> None:
     """Blocks write where others of their group have read; the bits are those of y beside x."""
-    for schedule, shapes in ((ALONE, SMALL), (IN_TURNS, SHARED)):
+    for schedule, shapes in ((ALONE, SMALL), (IN_TURNS, SHARED), (CLUSTERS, SHARED)):
         for shape, name in shapes:
             for shift in (0, 1):
                 problem = make_active(active, shape, LAYOUT[name], dtypes, TRAIN, inplace=True)
@@ -209,7 +153,7 @@ def test_in_place(dtypes: Dtypes, active: Active | None) -> None:
 @every_kept
 def test_any_order_of_threads_and_blocks_gives_the_same_bits(dtypes: Dtypes) -> None:
     """Alone also with fewer blocks alive than there are."""
-    for schedule, shapes in ((ALONE, SMALL), (SHARING, SHARED), (IN_TURNS, SHARED)):
+    for schedule, shapes in ((ALONE, SMALL), (SHARING, SHARED), (IN_TURNS, SHARED), (CLUSTERS, SHARED)):
         orders = [("ascending", 0, 1), ("descending", 0, 4), ("random", 1, 2), ("random", 2, 50)]
         for shape, name in shapes:
             for problem in (

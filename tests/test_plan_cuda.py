@@ -35,9 +35,21 @@ def test_a_larger_device_gets_more_blocks() -> None:
 
 
 # An H100 or H200, as far as plans ask.
-HOPPER = bnext.CudaDevice(132, 4.8e12, l2=50 << 20, shared_memory=227 << 10, multiprocessor_memory=228 << 10)
+HOPPER = bnext.CudaDevice(
+    132,
+    4.8e12,
+    l2=50 << 20,
+    shared_memory=227 << 10,
+    multiprocessor_memory=228 << 10,
+    cluster_blocks=8,
+    bulk_copies=True,
+)
+# The same before compute capability 9.0.
+NO_CLUSTERS = bnext.CudaDevice(
+    132, 4.8e12, l2=50 << 20, shared_memory=227 << 10, multiprocessor_memory=228 << 10
+)
 
-# Shape, layout, dtype, backward; engine, whether blocks wait for each other.
+# Shape, layout, dtype, backward; engine, whether blocks wait for each other without clusters.
 CHOICES = [
     ((32, 512), "contiguous", torch.float16, False, "resident", False),
     ((256, 2048), "contiguous", torch.float16, True, "resident", False),
@@ -63,7 +75,8 @@ def test_the_plan_chooses_and_says_why(
     engine: str,
     waits: bool,
 ) -> None:
-    plan = bnext.plan(shape, dtype, layout, backward=backward, device=HOPPER)
+    plan = bnext.plan(shape, dtype, layout, backward=backward, device=NO_CLUSTERS)
+    assert (plan.cluster, plan.bulk_copies) == (1, False)
     assert (plan.engine, plan.waiting_blocks > 0, plan.launches) == (
         engine,
         waits,
@@ -72,6 +85,42 @@ def test_the_plan_chooses_and_says_why(
     assert len(plan.why) > 10
     if engine == "resident":
         assert plan.bytes_moved == plan.bytes_minimum
+
+
+@pytest.mark.parametrize(
+    "shape,layout,dtype,backward,cluster,waits,bulk",
+    [
+        ((32, 512, 7, 7), "channels_last", torch.bfloat16, False, 7, False, False),
+        ((32, 512, 7, 7), "channels_last", torch.bfloat16, True, 8, False, False),  # a small tensor
+        ((32, 256, 56, 56), "contiguous", torch.float32, False, 4, False, True),
+        ((32, 256, 56, 56), "contiguous", torch.float32, True, 8, False, True),
+        ((32, 256, 14, 14), "contiguous", torch.float32, True, 1, False, True),  # a block has room enough
+        (
+            (32, 64, 112, 112),
+            "contiguous",
+            torch.float32,
+            False,
+            1,
+            True,
+            True,
+        ),  # more than eight share a slab
+        ((128, 512, 28, 28), "channels_last", torch.bfloat16, False, 1, True, False),
+    ],
+)
+def test_eight_blocks_at_most_are_a_cluster(
+    shape: tuple[int, ...],
+    layout: str,
+    dtype: torch.dtype,
+    backward: bool,
+    cluster: int,
+    waits: bool,
+    bulk: bool,
+) -> None:
+    plan = bnext.plan(shape, dtype, layout, backward=backward, device=HOPPER)
+    assert plan.engine == "resident" and plan.launches == 1
+    assert (plan.cluster, plan.waiting_blocks > 0, plan.bulk_copies) == (cluster, waits, bulk)
+    assert plan.reduce_blocks % cluster == 0
+    assert f"cluster={cluster}, bulk_copies={bulk}" in repr(plan)
 
 
 @pytest.mark.parametrize("spare", [0, 3])
@@ -127,6 +176,8 @@ def test_an_engine_can_be_asked_for() -> None:
 def test_what_no_device_has_is_refused() -> None:
     with pytest.raises(ValueError, match="at least 1 multiprocessor"):
         bnext.CudaDevice(0, 1e12, 0)
+    with pytest.raises(ValueError, match="cluster_blocks from 1"):
+        bnext.CudaDevice(1, 1e12, 0, cluster_blocks=0)
     with pytest.raises(ValueError, match="expected threads with the CPU only"):
         bnext.plan((3, 4), threads=2, device=bnext.CudaDevice(1, 1e12, 0))
     with pytest.raises(ValueError, match="expected device cpu, cuda or a CudaDevice"):

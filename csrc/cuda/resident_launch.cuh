@@ -58,12 +58,13 @@ inline Resident resident_of(const Plan& plan, int lanes, int inputs, const void*
 // The shape of a launch, in the driver's terms; it refers to itself.
 class LaunchShape {
  public:
-  LaunchShape(const Plan& plan, void* stream) {
-    config_.gridDim = dim3(static_cast<unsigned>(plan.reduce_blocks()));
-    config_.blockDim = dim3(static_cast<unsigned>(plan.reduce.threads));
-    config_.dynamicSmemBytes = static_cast<size_t>(plan.block_memory);
-    config_.stream = static_cast<cudaStream_t>(stream);
-    config_.attrs = &attribute_;
+  LaunchShape(const Plan& plan, void* stream)
+      : config_{dim3(static_cast<unsigned>(plan.reduce_blocks())),
+                dim3(static_cast<unsigned>(plan.reduce.threads)),
+                static_cast<size_t>(plan.block_memory),
+                static_cast<cudaStream_t>(stream),
+                &attribute_,
+                0} {
     if (plan.cluster > 1) {
       attribute_.id = cudaLaunchAttributeClusterDimension;
       attribute_.val.clusterDim = {static_cast<unsigned>(plan.cluster), 1, 1};
@@ -79,8 +80,8 @@ class LaunchShape {
   const cudaLaunchConfig_t* get() const { return &config_; }
 
  private:
-  cudaLaunchConfig_t config_{};
   cudaLaunchAttribute attribute_{};
+  cudaLaunchConfig_t config_;
 };
 
 // Whether the current device holds what must run at once: all waiting blocks, or a cluster. Where it does,
