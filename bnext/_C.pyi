@@ -50,6 +50,10 @@ class CudaDevice:
         l2: int,
         shared_memory: int = 49152,
         block_threads: int = 1024,
+        multiprocessor_memory: int | None = None,
+        spare_multiprocessors: int = 0,
+        cluster_blocks: int = 1,
+        bulk_copies: bool = False,
     ) -> None: ...
     @property
     def multiprocessors(self) -> int: ...
@@ -65,14 +69,30 @@ class CudaDevice:
     @property
     def block_threads(self) -> int:
         """Threads that a block may have."""
+    @property
+    def multiprocessor_memory(self) -> int:
+        """Bytes of shared memory that the blocks on one multiprocessor have together, 1024 of each besides its own."""
+    @property
+    def spare_multiprocessors(self) -> int:
+        """Left to others by kernels whose blocks wait for each other; BNEXT_CUDA_SPARE for calls."""
+    @property
+    def cluster_blocks(self) -> int:
+        """Blocks of a cluster at most, which start together and see each other's memory; 1: there are no clusters."""
+    @property
+    def bulk_copies(self) -> bool:
+        """Whether one instruction copies any number of bytes to shared memory (compute capability 9.0 and up)."""
 
 @final
 class CudaPlan:
     """What one call would do on a GPU: which kernels, in how many blocks, over how many bytes."""
 
     @property
-    def engine(self) -> Literal["streaming"]:
-        """`streaming`: a kernel that reduces, then one that maps, walking backwards."""
+    def engine(self) -> Literal["streaming", "resident"]:
+        """`streaming`: a kernel that reduces, then one that maps, walking backwards. `resident`: one kernel, whose
+        blocks keep a slab of channels in shared memory between the two."""
+    @property
+    def why(self) -> str:
+        """This engine."""
     @property
     def traversal(self) -> Literal["planes", "rows"]:
         """`planes` (a block works in one channel) or `rows` (in columns of channels that lie side by side)."""
@@ -82,6 +102,18 @@ class CudaPlan:
     @property
     def reduce_blocks(self) -> int:
         """Blocks of the kernel that reduces; 0 where nothing is reduced."""
+    @property
+    def waiting_blocks(self) -> int:
+        """Blocks that wait for each other, all on the device at once; 0: none does, but for those of a cluster."""
+    @property
+    def cluster(self) -> int:
+        """Blocks of a cluster, which share a slab; 1: there are no clusters."""
+    @property
+    def bulk_copies(self) -> bool:
+        """Whether slabs come to shared memory in runs, each by one instruction."""
+    @property
+    def block_memory(self) -> int:
+        """Bytes of shared memory that a resident block asks for."""
     @property
     def reduce_threads(self) -> int:
         """Threads of each of them."""
@@ -133,5 +165,6 @@ def cuda_plan(
     device: CudaDevice,
     residual: bool,
     activation: str | None,
+    engine: str,
 ) -> CudaPlan: ...
 def cuda_device(index: int) -> CudaDevice: ...

@@ -63,6 +63,7 @@ def plan(
     *,
     residual: bool = False,
     activation: str | None = None,
+    engine: str | None = None,
 ) -> _C.Plan | _C.CudaPlan:
     """Says how bnext would work on an input: traversal, schedule or engine, threads or blocks, bytes moved.
 
@@ -79,13 +80,16 @@ def plan(
             not be there.
         residual: with a tensor of the input's size that is added before the activation; backward: with its gradient.
         activation: one of functional.ACTIVATIONS, or None. Without a residual it moves no bytes.
+        engine: on a GPU 'streaming' or 'resident' rather than what the plan would choose, as the environment variable
+            BNEXT_CUDA_ENGINE does for calls. Other passes than those of training have one engine.
 
     Returns:
         A read-only object with the fields that `_C.pyi` lists.
 
     Raises:
         TypeError: neither a tensor nor a sequence of integers.
-        ValueError: a shape, dtype, layout, number of threads, device or activation that no call could have.
+        ValueError: a shape, dtype, layout, number of threads, device or activation that no call could have, or an
+            engine that cannot take this one.
         RuntimeError: a GPU of this machine in a build without CUDA.
     """
     if isinstance(x_or_shape, Tensor):
@@ -103,7 +107,10 @@ def plan(
     check_activation(activation, None)
     gpu = _gpu(device)
     if gpu is None:
+        if engine is not None:
+            raise ValueError(f"expected engine with a GPU only, but got {engine!r}")
         return _C.plan(shape, dtype_name, layout_name, training, backward, threads, residual, activation)
     if threads is not None:
         raise ValueError(f"expected threads with the CPU only, but got {threads} and device {device}")
-    return _C.cuda_plan(shape, dtype_name, layout_name, training, backward, gpu, residual, activation)
+    chosen = "automatic" if engine is None else engine
+    return _C.cuda_plan(shape, dtype_name, layout_name, training, backward, gpu, residual, activation, chosen)

@@ -4,6 +4,7 @@
 #include <ATen/ops/empty.h>
 #include <c10/core/DeviceGuard.h>
 
+#include <cstdlib>
 #include <map>
 #include <mutex>
 #include <utility>
@@ -81,11 +82,34 @@ Counters& counters_of(c10::Device device) {
   return all[device.index()];
 }
 
+// BNEXT_CUDA_ENGINE, and BNEXT_CUDA_SPARE: multiprocessors that kernels whose blocks wait leave to others.
+cuda::Choice chosen_engine() {
+  const char* const wish = std::getenv("BNEXT_CUDA_ENGINE");
+  return cuda::choice_named(wish == nullptr ? "automatic" : wish);
+}
+
+cuda::Device device_of(c10::Device where) {
+  cuda::Device device = cuda::device(where.index());
+  static const char* const spare = std::getenv("BNEXT_CUDA_SPARE");
+  if (spare != nullptr) device.spare_multiprocessors = std::atoi(spare);
+  return device;
+}
+
+template <class Args>
+cuda::Plan plan_for(const Args& args, Pass pass, c10::Device where) {
+  static const cuda::Choice choice = chosen_engine();
+  const Problem problem(args, pass);
+  const cuda::Device device = device_of(where);
+  const bool aligned = cuda::aligned(args);
+  const cuda::Plan plan = cuda::make_plan(problem, device, aligned, choice);
+  if (cuda::can_run(args, plan)) return plan;
+  return cuda::make_plan(problem, device, aligned, cuda::Choice::streaming);
+}
+
 template <class Args, class Launch>
 void run_on(const Args& args, Pass pass, c10::Device device, Launch launch) {
   const c10::DeviceGuard guard(device);
-  const cuda::Plan plan =
-      cuda::make_plan(Problem(args, pass), cuda::device(device.index()), cuda::aligned(args));
+  const cuda::Plan plan = plan_for(args, pass, device);
   cuda::Workspace workspace;
   workspace.stream = c10::cuda::getCurrentCUDAStream(device.index()).stream();
   at::Tensor scratch;  // freed in the order of the stream
@@ -95,9 +119,9 @@ void run_on(const Args& args, Pass pass, c10::Device device, Launch launch) {
     if (count > 0)
       first = counters_of(device).get(workspace.stream, cuda::is_capturing(workspace.stream), count);
     const bool own = first < 0;  // none are left: some of the call's own, cleared by a node more
-    scratch = at::empty({plan.scratch_bytes + (own ? bytes : 0)},
-                        at::TensorOptions().device(device).dtype(at::kByte));
-    workspace.scratch = scratch.data_ptr();
+    const int64_t wanted = plan.scratch_bytes + (own ? bytes : 0);
+    if (wanted > 0) scratch = at::empty({wanted}, at::TensorOptions().device(device).dtype(at::kByte));
+    workspace.scratch = wanted > 0 ? scratch.data_ptr() : nullptr;
     if (own) {
       workspace.counters =
           reinterpret_cast<unsigned*>(static_cast<char*>(workspace.scratch) + plan.scratch_bytes);

@@ -60,12 +60,16 @@ Plan cpu_plan(const std::vector<int64_t>& shape, const std::string& dtype, const
 
 cuda::Plan cuda_plan(const std::vector<int64_t>& shape, const std::string& dtype, const std::string& layout,
                      bool training, bool backward, const cuda::Device& device, bool residual,
-                     std::optional<std::string> activation) {
-  return cuda::make_plan(problem_of(shape, dtype, layout, training, backward, residual, activation), device);
+                     std::optional<std::string> activation, const std::string& engine) {
+  return cuda::make_plan(problem_of(shape, dtype, layout, training, backward, residual, activation), device,
+                         true, cuda::choice_named(engine));
 }
 
 cuda::Device described(int multiprocessors, double bandwidth, int64_t l2, int64_t shared_memory,
-                       int block_threads) {
+                       int block_threads, std::optional<int64_t> multiprocessor_memory,
+                       int spare_multiprocessors, int cluster_blocks, bool bulk_copies) {
+  constexpr int64_t beside = 1 << 10;  // of a block's own
+  const int64_t memory = multiprocessor_memory.value_or(shared_memory + beside);
   const auto require = [](bool good, const char* what) {
     if (!good) throw py::value_error(std::string("expected ") + what);
   };
@@ -74,7 +78,12 @@ cuda::Device described(int multiprocessors, double bandwidth, int64_t l2, int64_
   require(l2 >= 0, "l2 in bytes, 0 or more");
   require(shared_memory >= 48 << 10, "shared_memory of a block in bytes, 49152 or more");
   require(block_threads >= 64 && block_threads % 32 == 0, "block_threads in whole warps of 32, at least 2");
-  return {multiprocessors, block_threads, shared_memory, l2, bandwidth};
+  require(memory >= shared_memory, "multiprocessor_memory in bytes, no less than shared_memory");
+  require(spare_multiprocessors >= 0 && spare_multiprocessors < multiprocessors,
+          "spare_multiprocessors from 0 to fewer than all");
+  require(cluster_blocks >= 1 && cluster_blocks <= 8, "cluster_blocks from 1 (no clusters) to 8");
+  return {multiprocessors, block_threads,         shared_memory,  l2,         bandwidth,
+          memory,          spare_multiprocessors, cluster_blocks, bulk_copies};
 }
 
 cuda::Device real_device(int index) {
@@ -101,6 +110,9 @@ template <class V>
 std::pair<const char*, V> field(const char* key, V value) {
   return {key, value};
 }
+std::pair<const char*, std::string> field(const char* key, bool value) {
+  return {key, value ? "True" : "False"};
+}
 std::pair<const char*, std::string> field(const char* key, const char* value) {
   return {key, std::string("\'") + value + "\'"};
 }
@@ -113,16 +125,21 @@ std::string plan_text(const Plan& p) {
 }
 
 std::string cuda_plan_text(const cuda::Plan& p) {
-  return text("CudaPlan", field("engine", name(p.engine)), field("traversal", name(p.map.traversal)),
-              field("launches", p.launches()), field("reduce_blocks", p.reduce.blocks()),
-              field("map_blocks", p.map.blocks()), field("bytes_moved", p.bytes_moved),
-              field("bytes_minimum", p.bytes_minimum), field("floor_seconds", p.floor_seconds));
+  return text("CudaPlan", field("engine", name(p.engine)), field("why", p.why),
+              field("traversal", name(p.map.traversal)), field("launches", p.launches()),
+              field("reduce_blocks", p.reduce_blocks()), field("map_blocks", p.map.blocks()),
+              field("cluster", p.cluster), field("bulk_copies", p.bulk_copies),
+              field("bytes_moved", p.bytes_moved), field("bytes_minimum", p.bytes_minimum),
+              field("floor_seconds", p.floor_seconds));
 }
 
 std::string device_text(const cuda::Device& d) {
   return text("CudaDevice", field("multiprocessors", d.multiprocessors), field("bandwidth", d.bandwidth),
               field("l2", d.l2), field("shared_memory", d.shared_memory),
-              field("block_threads", d.block_threads));
+              field("block_threads", d.block_threads),
+              field("multiprocessor_memory", d.multiprocessor_memory),
+              field("spare_multiprocessors", d.spare_multiprocessors),
+              field("cluster_blocks", d.cluster_blocks), field("bulk_copies", d.bulk_copies));
 }
 
 }  // namespace
@@ -142,18 +159,29 @@ void bind_plans(py::module_& m) {
       .def("__repr__", plan_text);
   py::class_<cuda::Device>(m, "CudaDevice")
       .def(py::init(&described), py::arg("multiprocessors"), py::arg("bandwidth"), py::arg("l2"),
-           py::arg("shared_memory") = int64_t{48 << 10}, py::arg("block_threads") = 1024)
+           py::arg("shared_memory") = int64_t{48 << 10}, py::arg("block_threads") = 1024,
+           py::arg("multiprocessor_memory") = py::none(), py::arg("spare_multiprocessors") = 0,
+           py::arg("cluster_blocks") = 1, py::arg("bulk_copies") = false)
       .def_readonly("multiprocessors", &cuda::Device::multiprocessors)
       .def_readonly("bandwidth", &cuda::Device::bandwidth)
       .def_readonly("l2", &cuda::Device::l2)
       .def_readonly("shared_memory", &cuda::Device::shared_memory)
       .def_readonly("block_threads", &cuda::Device::block_threads)
+      .def_readonly("multiprocessor_memory", &cuda::Device::multiprocessor_memory)
+      .def_readonly("spare_multiprocessors", &cuda::Device::spare_multiprocessors)
+      .def_readonly("cluster_blocks", &cuda::Device::cluster_blocks)
+      .def_readonly("bulk_copies", &cuda::Device::bulk_copies)
       .def("__repr__", device_text);
   py::class_<cuda::Plan>(m, "CudaPlan")
       .def_property_readonly("engine", [](const cuda::Plan& p) { return name(p.engine); })
       .def_property_readonly("traversal", [](const cuda::Plan& p) { return name(p.map.traversal); })
       .def_property_readonly("launches", &cuda::Plan::launches)
-      .def_property_readonly("reduce_blocks", [](const cuda::Plan& p) { return p.reduce.blocks(); })
+      .def_property_readonly("why", [](const cuda::Plan& p) { return p.why; })
+      .def_property_readonly("reduce_blocks", &cuda::Plan::reduce_blocks)
+      .def_readonly("waiting_blocks", &cuda::Plan::waiting_blocks)
+      .def_readonly("cluster", &cuda::Plan::cluster)
+      .def_readonly("bulk_copies", &cuda::Plan::bulk_copies)
+      .def_readonly("block_memory", &cuda::Plan::block_memory)
       .def_property_readonly("reduce_threads", [](const cuda::Plan& p) { return p.reduce.threads; })
       .def_property_readonly("map_blocks", [](const cuda::Plan& p) { return p.map.blocks(); })
       .def_property_readonly("map_threads", [](const cuda::Plan& p) { return p.map.threads; })
@@ -166,7 +194,8 @@ void bind_plans(py::module_& m) {
   m.def("plan", cpu_plan, py::arg("shape"), py::arg("dtype"), py::arg("layout"), py::arg("training"),
         py::arg("backward"), py::arg("threads"), py::arg("residual"), py::arg("activation"));
   m.def("cuda_plan", cuda_plan, py::arg("shape"), py::arg("dtype"), py::arg("layout"), py::arg("training"),
-        py::arg("backward"), py::arg("device"), py::arg("residual"), py::arg("activation"));
+        py::arg("backward"), py::arg("device"), py::arg("residual"), py::arg("activation"),
+        py::arg("engine"));
   m.def("cuda_device", real_device, py::arg("index"));
 }
 

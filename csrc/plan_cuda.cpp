@@ -4,19 +4,16 @@
 #include <algorithm>
 #include <cmath>
 #include <numeric>
+#include <stdexcept>
 
 namespace bnext::cuda {
 namespace {
 
-constexpr int kVectorBytes = 16;
-constexpr int kWarp = 32;
 constexpr int kRowThreads = 384;  // of a rows reduce: 168 registers each, 48 KB in flight per multiprocessor
 constexpr int kPlaneThreads = 256;  // of a planes reduce: channels are short, and several blocks overlap
 constexpr int kMapThreads = 256;
 constexpr int kBatch = 8;               // vectors a thread should get at least, for loads to overlap
-constexpr int64_t kRunBytes = 512;      // from here on a plane's run fills a warp
 constexpr int64_t kFoldElements = 128;  // rows shorter than this are joined until they end with a vector
-constexpr int64_t kSegmentBytes = 128;  // of a row at least: a line, below which DRAM gives half its rate
 constexpr int kWidest = 256;            // vectors of a row in a group: centers and sums fit shared memory
 constexpr int kMapWidth = 32;           // vectors of a row in a map's group
 constexpr int kShortRunVectors = 64;    // the same where channels are short runs
@@ -25,10 +22,6 @@ constexpr int kMapBlocks = 8;           // the same of maps, which only stream
 // The last block of a group adds chunks * channels partial sums alone. With multiprocessors / groups chunks
 // that is proportional to channels_of_group^2 / channels; this share of it takes about a microsecond.
 constexpr double kFoldShare = 64;
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
-int whole_warps(int64_t threads) { return static_cast<int>(round_up(threads, kWarp)); }
 
 // Chunks of at least `least` positions, at most `wanted` of them.
 void cut(Tiling& tiling, int64_t wanted, int64_t least) {
@@ -47,9 +40,7 @@ Tiling planes(const Extent& e, int lanes, const Device& device, bool aligned, in
   t.group_width = e.inner;
   t.group_channels = 1;
   t.groups = e.channels;
-  const int64_t vectors =
-      aligned && e.inner % lanes == 0 ? e.inner / lanes : (e.inner + lanes - 2) / lanes + 1;
-  t.vectors = vectors;
+  t.vectors = vectors_of_run(e.inner, lanes, aligned);
   const int most = std::min(most_threads, device.block_threads);
   t.threads = static_cast<int>(std::clamp<int64_t>(whole_warps(t.positions() / 2), kWarp, most));
   cut(t, int64_t{blocks_per_multiprocessor} * device.multiprocessors / e.channels,
@@ -79,9 +70,7 @@ Tiling rows_reduce(const Extent& e, int lanes, const Device& device) {
   Tiling t;
   t.traversal = Traversal::rows;
   int most = std::min(kRowThreads, device.block_threads);
-  const int64_t row = e.channels * e.inner;
-  int64_t fold = row <= kFoldElements ? lanes / std::gcd(row, int64_t{lanes}) : 1;
-  if (e.outer < 2 * fold || fold * row > int64_t{most} * lanes) fold = 1;
+  const int64_t row = e.channels * e.inner, fold = rows_folded(e, lanes, most);
   t.rows = e.outer / fold;
   t.row_length = fold * row;
   t.group_channels = fold > 1 ? e.channels : group_channels(e, lanes, most);
@@ -120,6 +109,21 @@ Tiling rows_map(const Extent& e, int lanes, const Device& device) {
   return t;
 }
 
+// The engine that is sure to gain, by bytes and launches: no GPU has measured it yet. One launch beside two,
+// where nothing waits; where blocks wait for each other, only with fewer bytes to and from memory.
+bool is_sure_to_gain(const Plan& resident, const Plan& streaming, int lanes, bool aligned, const char*& why) {
+  const Tiling& t = resident.reduce;
+  if (!aligned ||
+      (t.traversal == Traversal::rows && (t.row_length % lanes != 0 || t.group_width % lanes != 0))) {
+    why = "vectors of rows lie off boundaries";
+  } else if (resident.waiting_blocks > 0 && resident.bytes_moved >= streaming.bytes_moved) {
+    why = "L2 keeps what is read twice";
+  } else {
+    return true;
+  }
+  return false;
+}
+
 // Of what was asked for: traffic() is of all of it.
 Traffic wanted_traffic(const Problem& problem) {
   if (!problem.sums && !problem.input_grad) return {};
@@ -137,10 +141,17 @@ Traffic wanted_traffic(const Problem& problem) {
 
 }  // namespace
 
-Plan make_plan(const Problem& problem, const Device& device, bool aligned) {
+int64_t rows_folded(const Extent& e, int lanes, int threads) {
+  const int64_t row = e.channels * e.inner;
+  const int64_t fold = row <= kFoldElements ? lanes / std::gcd(row, int64_t{lanes}) : 1;
+  return e.outer < 2 * fold || fold * row > int64_t{threads} * lanes ? 1 : fold;
+}
+
+Plan make_plan(const Problem& problem, const Device& device, bool aligned, Choice choice) {
   Plan plan;
   const Traffic tensors = wanted_traffic(problem);
   plan.extent = one_run_if_one_channel(problem.extent);
+  plan.why = "there is nothing to keep";
   plan.reduces = tensors.read_by_reduce > 0;
   plan.maps = tensors.read_by_map > 0;
   const Extent& e = plan.extent;
@@ -176,15 +187,38 @@ Plan make_plan(const Problem& problem, const Device& device, bool aligned) {
   plan.floor_seconds = device.bandwidth > 0 ? static_cast<double>(plan.bytes_minimum) / device.bandwidth : 0;
   plan.streaming_stores = tensor_bytes > device.l2 / 2;
   if (plan.reduces) plan.scratch_bytes = (plan.reduce.chunks + 1) * e.channels * int64_t{sizeof(double)} * 2;
-  return plan;
+  if (choice == Choice::streaming) plan.why = "asked for";
+  if (choice == Choice::streaming || !plan.reduces || !plan.maps) return plan;
+
+  Plan resident = plan;
+  const bool possible = make_resident(problem, device, aligned, resident);
+  if (choice == Choice::resident) {
+    if (!possible) {
+      throw std::invalid_argument(std::string("expected a call that the resident engine takes, but ") +
+                                  resident.why);
+    }
+    resident.why = "asked for";
+    return resident;
+  }
+  plan.why = resident.why;
+  return possible && is_sure_to_gain(resident, plan, lanes, aligned, plan.why) ? resident : plan;
 }
 
 const char* name(Engine engine) {
   switch (engine) {
     case Engine::streaming:
       return "streaming";
+    case Engine::resident:
+      return "resident";
   }
   return "";
+}
+
+Choice choice_named(const std::string& name) {
+  if (name == "automatic") return Choice::automatic;
+  if (name == "streaming") return Choice::streaming;
+  if (name == "resident") return Choice::resident;
+  throw std::invalid_argument("expected engine automatic, streaming or resident, but got " + name);
 }
 
 }  // namespace bnext::cuda

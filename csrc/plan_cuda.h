@@ -1,4 +1,5 @@
 // From a problem and a GPU's description to launches: the heuristics of the CUDA engines, as pure functions.
+// plan_cuda.cpp has those of streaming and the choice, plan_resident.cpp those of resident.
 //
 // Kernels walk the tensor in vectors of 16 bytes. A pass is cut twice: groups are channels (planes) or
 // columns (rows) that belong together, chunks are ranges of a group's positions. A block takes one chunk of
@@ -7,6 +8,7 @@
 #pragma once
 
 #include <cstdint>
+#include <string>
 
 #include "args.h"
 #include "plan.h"
@@ -16,15 +18,30 @@ namespace bnext::cuda {
 // What a plan needs to know of a GPU. Names of devices decide nothing.
 struct Device {
   int multiprocessors = 1;
-  int block_threads = 1024;          // a block may have
-  int64_t shared_memory = 48 << 10;  // bytes a block may ask for
-  int64_t l2 = 0;                    // bytes
-  double bandwidth = 0;              // bytes per second to and from memory
+  int block_threads = 1024;                  // a block may have
+  int64_t shared_memory = 48 << 10;          // bytes a block may ask for
+  int64_t l2 = 0;                            // bytes
+  double bandwidth = 0;                      // bytes per second to and from memory
+  int64_t multiprocessor_memory = 49 << 10;  // shared, of all its blocks and what each takes besides
+  int spare_multiprocessors = 0;             // left to others by kernels whose blocks wait for each other
+  int cluster_blocks = 1;                    // of a cluster at most, 1: there are none
+  bool bulk_copies = false;                  // it has copies of many bytes to shared memory
 };
+
+constexpr int kVectorBytes = 16;
+constexpr int kWarp = 32;
+
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
 // streaming: a kernel that reduces, a kernel that maps. With fixed statistics one of them does: that which
 // reduces writes dx as well, where dweight or dbias is wanted.
-enum class Engine : uint8_t { streaming };
+// resident: one kernel that keeps a slab of channels in the shared memory of the blocks that own it, so that
+// the map finds there what the reduce read.
+enum class Engine : uint8_t { streaming, resident };
+
+// Of a training pass's engine, for tests; other passes have nothing to keep.
+enum class Choice : uint8_t { automatic, streaming, resident };
 
 // How one kernel walks the tensor.
 // - rows: a matrix of `rows` whole rows. A block takes `vectors` of a row's vectors and `chunk` rows, with
@@ -45,28 +62,92 @@ struct Tiling {
   int64_t chunks = 0;
 
   constexpr int64_t blocks() const { return groups * chunks; }
+  constexpr int64_t vector_rows() const {  // resident rows: that sums come from, see add_up
+    return kWarp % vectors == 0 ? threads / kWarp : height;
+  }
   constexpr int64_t positions() const { return traversal == Traversal::planes ? rows * vectors : rows; }
 };
 
 struct Plan {
   Engine engine = Engine::streaming;
-  Extent extent;  // as walked: one channel is one run
+  const char* why = "";  // this engine
+  Extent extent;         // as walked: one channel is one run
   bool reduces = false, maps = true;
-  Tiling reduce, map;
+  Tiling reduce, map;             // resident: reduce alone, whose groups are slabs
+  int64_t together = 0;           // resident: slabs under way at once
+  int depth = 0;                  // resident: vectors that a thread keeps of each input
+  int64_t block_memory = 0;       // resident: bytes of a block's shared memory
+  int cluster = 1;                // resident: blocks of one, which share a slab and see each other's memory
+  bool bulk_copies = false;       // resident: into shared memory, of whole runs
+  int64_t waiting_blocks = 0;     // resident: that must run at once but for those of clusters, 0: none
   bool streaming_stores = false;  // outputs larger than what L2 keeps for whoever comes next
   int64_t scratch_bytes = 0;      // partial sums and totals
   int64_t bytes_moved = 0;        // to and from memory, as scheduled
   int64_t bytes_minimum = 0;      // every tensor once
   double floor_seconds = 0;       // bytes_minimum at the device's bandwidth
 
-  // Of the reduce, zero whenever it starts: one per group whose chunks wait for each other.
-  constexpr int64_t counters() const { return reduces && reduce.chunks > 1 ? reduce.groups : 0; }
+  // Zero whenever the reduce starts: one per group whose chunks wait for each other; resident, also one for
+  // all blocks.
+  constexpr int64_t counters() const {
+    if (engine == Engine::resident) return (waiting_blocks > 0 ? together : 0) + 1;
+    return reduces && reduce.chunks > 1 ? reduce.groups : 0;
+  }
   constexpr int launches() const { return int{reduces} + int{maps}; }
+  constexpr int64_t reduce_blocks() const {
+    return engine == Engine::resident ? together * reduce.chunks : reduce.blocks();
+  }
 };
 
+// Where things lie in the shared memory of a resident block, in bytes; the vectors of inputs come first.
+struct ResidentMemory {
+  int64_t barriers;      // of bulk copies, one to a vector of a thread at most
+  int64_t turn;          // how many slabs the block is done with: registers are full while it sums
+  int64_t values;        // doubles, for sums over threads
+  int64_t totals;        // Sums of the slab's channels
+  int64_t part;          // the block's share of them, for others of its cluster
+  int64_t centers;       // kMostCenter bytes of each
+  int64_t coefficients;  // kMostCoefficients floats of each
+  int64_t bytes;
+
+  static constexpr int kMostCenter = 16, kMostCoefficients = 6;
+
+  constexpr ResidentMemory(const Tiling& t, int lanes, int64_t inputs, int depth)
+      : barriers(inputs * depth * t.threads * kVectorBytes),
+        turn(barriers + round_up(int64_t{sizeof(uint64_t)} * depth, kVectorBytes)),
+        values(turn + kVectorBytes) {
+    const int64_t sums = t.traversal == Traversal::planes ? 0 : t.vector_rows() * t.vectors * lanes;
+    totals = values + int64_t{sizeof(double)} * (sums > t.threads ? sums : t.threads);
+    part = totals + int64_t{2 * sizeof(double)} * t.group_channels;
+    centers = part + int64_t{2 * sizeof(double)} * t.group_channels;
+    coefficients = centers + kMostCenter * t.group_channels;
+    bytes = coefficients + int64_t{sizeof(float)} * kMostCoefficients * t.group_channels;
+  }
+};
+
+// Makes of a streaming plan a resident one. False: it cannot, for the reason in plan.why.
+bool make_resident(const Problem& problem, const Device& device, bool aligned, Plan& plan);
+
 // aligned: every tensor begins at a multiple of 16 bytes.
-Plan make_plan(const Problem& problem, const Device& device, bool aligned = true);
+// std::invalid_argument where what was chosen cannot be.
+Plan make_plan(const Problem& problem, const Device& device, bool aligned = true,
+               Choice choice = Choice::automatic);
 
 const char* name(Engine engine);
+
+// "automatic", "streaming" or "resident"; std::invalid_argument for anything else.
+Choice choice_named(const std::string& name);
+
+// Rows that are joined to one, so that short ones end with a vector; a row has a thread per vector at most.
+int64_t rows_folded(const Extent& extent, int lanes, int threads);
+
+constexpr int64_t kRunBytes = 512;      // from here on a plane's run fills a warp: planes, not rows
+constexpr int64_t kSegmentBytes = 128;  // of a row at least: a line, below which DRAM gives half its rate
+
+constexpr int whole_warps(int64_t threads) { return static_cast<int>(round_up(threads, kWarp)); }
+
+// Vectors that cover a run of so many elements wherever it begins; on_boundaries: on one.
+constexpr int64_t vectors_of_run(int64_t length, int lanes, bool on_boundaries) {
+  return on_boundaries && length % lanes == 0 ? length / lanes : (length + lanes - 2) / lanes + 1;
+}
 
 }  // namespace bnext::cuda

@@ -19,15 +19,18 @@ from bnext.reference_activations import parameter
 from problem import Problem
 
 ROOT = Path(__file__).resolve().parents[1]
+KERNELS = [f"cuda/{name}.cu" for name in ("forward", "backward", "resident_forward", "resident_backward")]
 SOURCES = [
     *(ROOT / "tests" / "cuda_on_host" / name for name in ("engine.cpp", *on_host.MODEL)),
-    *(ROOT / "csrc" / name for name in ("cuda/forward.cu", "cuda/backward.cu", "plan.cpp", "plan_cuda.cpp")),
+    *(ROOT / "csrc" / name for name in KERNELS),
+    *(ROOT / "csrc" / name for name in ("plan.cpp", "plan_cuda.cpp", "plan_resident.cpp")),
 ]
 # As in csrc/storage.h.
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 # As in csrc/activation.h.
 NUMBERED = ["none", *ACTIVATIONS]
 MASKED = ["relu", "leaky_relu", "relu6"]  # is_masked
+ENGINES = ["automatic", "streaming", "resident"]
 ORDERS = ["ascending", "descending", "random"]
 
 # One launch of each kernel, of every type: (shape, layout). Rows of odd and of whole vectors, joined rows, short runs
@@ -52,6 +55,11 @@ class Schedule:
     multiprocessors: int = 3
     block_threads: int = 64
     l2: int = 1 << 20
+    shared_memory: int = 48 << 10
+    multiprocessor_memory: int = 49 << 10
+    cluster_blocks: int = 1
+    bulk_copies: bool = False
+    engine: str = "streaming"
 
 
 @dataclass(frozen=True)
@@ -62,6 +70,9 @@ class Fault:
     early_arrival: bool = False
     displace_stores: int = 0
     tear_atomics: bool = False
+    skip_group_barrier: bool = False
+    skip_async_wait: bool = False
+    unordered_wait: int = -1
 
 
 @dataclass
@@ -135,6 +146,11 @@ class HostCall:
             s.multiprocessors,
             s.block_threads,
             s.l2,
+            s.shared_memory,
+            s.multiprocessor_memory,
+            s.cluster_blocks,
+            s.bulk_copies,
+            ENGINES.index(s.engine),
             *astuple(self.fault),
             NUMBERED.index(p.activation or "none"),
         ]
@@ -143,6 +159,10 @@ class HostCall:
         tensors = [x, p.dy if self.backward else None, p.residual, *vectors]
         counter = b"" if self.counter is None else struct.pack("q", self.counter)
         return head + b"".join(self._bytes(t) for t in tensors if t is not None) + counter
+
+
+# What a result says of how it was made.
+TOOK = ("launches", "waiting", "cluster", "bulk")
 
 
 @dataclass
@@ -158,10 +178,13 @@ class Result:
     dbias: Tensor | None
     dresidual: Tensor | None
     launches: list[int]  # kernels of forward, of backward
+    waiting: list[int]  # blocks of each that wait for each other
+    cluster: list[int]  # blocks of a cluster of each
+    bulk: list[int]  # whether copies are in bulk
 
     def bits(self) -> bytes:
         tensors = [
-            getattr(self, field.name) for field in fields(self) if field.name not in ("counter", "launches")
+            getattr(self, field.name) for field in fields(self) if field.name not in ("counter", *TOOK)
         ]
         return b"".join(t.contiguous().view(torch.uint8).numpy().tobytes() for t in tensors if t is not None)
 
@@ -197,7 +220,7 @@ class _Reader:
 
         grads = torch.float64 if x.dtype == torch.float64 else torch.float32
         want = call.wants
-        return Result(
+        result = Result(
             y=like_x(),
             mask=self.tensor([x.numel() // 32 * 4 + 8], torch.uint8) if call.masked else None,
             stats=self.tensor([2, channels], torch.float64),
@@ -208,8 +231,15 @@ class _Reader:
             dweight=self.tensor([channels], grads) if want[1] else None,
             dbias=self.tensor([channels], grads) if want[2] else None,
             dresidual=like_x() if want[3] else None,
-            launches=self.tensor([2], torch.int64).tolist(),
+            launches=[],
+            waiting=[],
+            cluster=[],
+            bulk=[],
         )
+        for took in self.tensor([2, 4], torch.int64).tolist():
+            for name, value in zip(TOOK, took, strict=True):
+                getattr(result, name).append(value)
+        return result
 
 
 def execute(calls: Sequence[HostCall], variant: str) -> tuple[subprocess.CompletedProcess[str], bytes]:

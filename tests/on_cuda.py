@@ -19,6 +19,11 @@ needs_cuda = pytest.mark.skipif(
     not AVAILABLE, reason="needs a GPU, a CUDA build of torch, and bnext built with CUDA"
 )
 
+# Of an H100's size and up these share slabs among blocks: clusters forward, all blocks backward; all blocks.
+SHARED: list[tuple[str, Dtypes, tuple[int, ...]]] = [
+    ("nchw", FLOAT32, (64, 64, 56, 56)),
+    ("nhwc", BFLOAT16_WITH_FLOAT32, (64, 256, 56, 56)),
+]
 # Every layout and dtype; sizes that no vector width divides, and sizes of more than one block in each direction.
 STEPS: list[tuple[str, Dtypes, tuple[int, ...]]] = [
     ("nchw", FLOAT32, (8, 19, 9, 11)),
@@ -29,6 +34,7 @@ STEPS: list[tuple[str, Dtypes, tuple[int, ...]]] = [
     ("nhwc", FLOAT64, (4, 33, 17, 15)),
     ("nc", FLOAT32, (301, 130)),
     ("nc", BFLOAT16_WITH_FLOAT32, (4099, 257)),
+    *SHARED,
 ]
 STEP_IDS = [f"{layout}-{dtypes}-{'x'.join(map(str, shape))}" for layout, dtypes, shape in STEPS]
 RESULTS = ("y", "dx", "dweight", "dbias", "running_mean", "running_var", "num_batches_tracked")

@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 BUILT = ROOT / "build" / "cuda_on_host"
 
 # The model's own sources in cuda_on_host/: to be built into every executable.
-MODEL = ["model.cpp", "scheduler.cpp", "fiber.cpp"]
+MODEL = ["model.cpp", "model_group.cpp", "model_copies.cpp", "scheduler.cpp", "fiber.cpp"]
 
 VARIANTS = {
     "plain": ["-O2"],

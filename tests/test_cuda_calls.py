@@ -14,7 +14,7 @@ from torch.profiler import ProfilerActivity, profile
 import bnext
 from bnext.functional import batch_norm
 from cases import BFLOAT16_WITH_FLOAT32, FLOAT32, Dtypes
-from on_cuda import DEVICE, RESULTS, STEP_IDS, STEPS, Step, assert_same_bits, make_step, needs_cuda
+from on_cuda import DEVICE, RESULTS, SHARED, STEP_IDS, STEPS, Step, assert_same_bits, make_step, needs_cuda
 
 pytestmark = needs_cuda
 
@@ -56,7 +56,24 @@ def test_runs_on_the_current_stream(layout: str, dtypes: Dtypes, shape: tuple[in
     assert_same_bits(step.state(), eager.state(), STATE)
 
 
-@pytest.mark.parametrize("case", [STEPS[1], STEPS[3], STEPS[4], STEPS[7]], ids=str)
+@pytest.mark.parametrize("case", SHARED, ids=str)
+def test_blocks_that_wait_beside_a_long_kernel(case: tuple[str, Dtypes, tuple[int, ...]]) -> None:
+    """It holds a place on the device all the while: blocks that wait for each other start together or not yet."""
+    step = make_step(*case)
+    expected = step.twin()()
+    step()
+    long = torch.cuda.Stream()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(long):
+        torch.cuda._sleep(SLEEP_CYCLES)
+    with torch.cuda.stream(torch.cuda.Stream()):
+        outputs = [step() for _ in range(10)]
+    torch.cuda.synchronize()
+    for found in outputs:
+        assert_same_bits(found, expected)
+
+
+@pytest.mark.parametrize("case", [STEPS[1], STEPS[3], STEPS[4], STEPS[7], SHARED[0]], ids=str)
 def test_two_streams_at_once(case: tuple[str, Dtypes, tuple[int, ...]]) -> None:
     """Many calls of the same shape beside each other: nothing that a call keeps on the device is another's."""
     steps = [make_step(*case) for _ in range(2)]

@@ -33,6 +33,7 @@ PLAIN = {
     "plan.cpp",
     "plan_cuda.h",
     "plan_cuda.cpp",
+    "plan_resident.cpp",
 }
 TENSOR_LEVEL = {
     "calls.h",
@@ -55,6 +56,7 @@ TENSOR_LEVEL = {
     "plan_bindings.h",
     "plan_bindings.cpp",
 }
+PRIMITIVES = {"primitives.cuh", "primitives_together.cuh"}
 TORCH = re.compile(r"^(ATen|c10|torch|pybind11)/")
 
 
@@ -135,7 +137,7 @@ def test_kernels_see_no_tensor(path: Path) -> None:
 
 @pytest.mark.parametrize("path", in_cuda(), ids=name_of)
 def test_cuda_kernels_see_no_torch_and_name_the_machine_in_one_place(path: Path) -> None:
-    """nvcc parses no header of torch; what only a GPU has goes by primitives.cuh, whose names the host has too."""
+    """nvcc parses no header of torch; what only a GPU has goes by primitives, whose names the host has too."""
     own = (
         {"cuda_bf16.h", "cuda_fp16.h", "cuda_runtime.h", "model.h"}
         if path.name == "primitives.cuh"
@@ -145,7 +147,7 @@ def test_cuda_kernels_see_no_torch_and_name_the_machine_in_one_place(path: Path)
         standard = re.fullmatch(r"[a-z_]+", header)
         assert standard or header in PLAIN | own or header.startswith("cuda/"), f"includes {header}"
     assert not re.search(r"\bTensor\b|\b(at|c10|torch)::", code(path))
-    if path.name != "primitives.cuh":
+    if path.name not in PRIMITIVES:
         assert not re.search(r"\b(threadIdx|blockIdx|blockDim|gridDim|__\w+)\b(?<!__CUDACC__)", code(path))
 
 

@@ -118,9 +118,14 @@ def line(result: results.Result, copy_rate: float) -> str:
     return text
 
 
-def measure_all(bench: Bench, copy_rate: float, deadline: float) -> None:
-    plain = [(case, tuple(timing.wanted(case, False))) for case in all_cases()]
-    compiled = [(case, tuple(timing.wanted(case, True))) for case in all_cases() if is_compiled(case)]
+def measure_all(bench: Bench, copy_rate: float, deadline: float, only: Sequence[str] = ()) -> None:
+    def names_of(case: Case, compiled: bool) -> tuple[str, ...]:
+        return tuple(name for name in timing.wanted(case, compiled) if not only or name in only)
+
+    plain = [(case, names_of(case, False)) for case in all_cases()]
+    compiled = [(case, names_of(case, True)) for case in all_cases() if is_compiled(case)]
+    if only and "compile" not in only:
+        compiled = []
     bench.guarded(HOST, bench.host)
     for position, (case, names) in enumerate(plain + compiled):
         if time.monotonic() > deadline:
@@ -139,6 +144,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--seconds", type=float, default=150.0, help="begin no case after these (default: 150)"
     )
+    parser.add_argument("--only", nargs="+", default=(), metavar="NAME", help="implementations; default: all")
     options = parser.parse_args(arguments)
     deadline = time.monotonic() + options.seconds
     functorch.donated_buffer = False  # the compiled backward is captured several times for one forward
@@ -151,7 +157,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     save()
     bench = Bench("cuda", run.machine["gpu"]["l2_bytes"], run, save)
-    measure_all(bench, run.rates["copy"], deadline)
+    measure_all(bench, run.rates["copy"], deadline, options.only)
     return 1 if bench.failures else 0
 
 

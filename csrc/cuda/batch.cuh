@@ -34,26 +34,28 @@ struct Elements {
   }
 };
 
-// kWhole: where there are any elements at all, there is a whole vector of them, on a boundary.
+// Of input i. kWhole: where there are any elements at all, there is a whole vector of them, on a boundary.
 template <Reuse kReuse, bool kWhole, class Operation, int kVectors>
-BNEXT_DEVICE void load_batch(const Operation& operation, const Span (&places)[kVectors], const Vector16& fill,
-                             Batch<Operation, kVectors>& batch) {
-  constexpr int kCount = kLanes<typename Operation::Storage>;
+BNEXT_DEVICE void load_input(const Operation& operation, int i, const Span (&places)[kVectors],
+                             const Vector16& fill, Batch<Operation, kVectors>& batch) {
+  const auto input = operation.input(i);
+  const bool there = i < Operation::kSureInputs || input.data != nullptr;
   BNEXT_UNROLL
-  for (int i = 0; i < Operation::kInputs; ++i) {
-    const auto input = operation.input(i);
-    const bool there = i < Operation::kSureInputs || input.data != nullptr;
-    BNEXT_UNROLL
-    for (int u = 0; u < kVectors; ++u) {
-      const Span& place = places[u];
-      if constexpr (kWhole) {
-        batch.input[i][u] = there && place.high > 0 ? input.template load<kReuse>(place.at) : fill;
-      } else {
-        batch.input[i][u] =
-            there ? input.template load_any<kReuse>(place.at, place.low, place.high, fill) : fill;
-      }
+  for (int u = 0; u < kVectors; ++u) {
+    const Span& place = places[u];
+    if constexpr (kWhole) {
+      batch.input[i][u] = there && place.high > 0 ? input.template load<kReuse>(place.at) : fill;
+    } else {
+      batch.input[i][u] =
+          there ? input.template load_any<kReuse>(place.at, place.low, place.high, fill) : fill;
     }
   }
+}
+
+template <bool kWhole, class Operation, int kVectors>
+BNEXT_DEVICE void load_bits(const Operation& operation, const Span (&places)[kVectors],
+                            Batch<Operation, kVectors>& batch) {
+  constexpr int kCount = kLanes<typename Operation::Storage>;
   BNEXT_UNROLL
   for (int u = 0; u < kVectors; ++u) {
     batch.bits[u] = 0;
@@ -65,6 +67,14 @@ BNEXT_DEVICE void load_batch(const Operation& operation, const Span (&places)[kV
       if (there) batch.bits[u] = mask_bits<kCount>(operation.mask(), place.at);
     }
   }
+}
+
+template <Reuse kReuse, bool kWhole, class Operation, int kVectors>
+BNEXT_DEVICE void load_batch(const Operation& operation, const Span (&places)[kVectors], const Vector16& fill,
+                             Batch<Operation, kVectors>& batch) {
+  BNEXT_UNROLL
+  for (int i = 0; i < Operation::kInputs; ++i) load_input<kReuse, kWhole>(operation, i, places, fill, batch);
+  load_bits<kWhole>(operation, places, batch);
 }
 
 // Of output i; `vector` holds what belongs there.

@@ -14,12 +14,28 @@ int64_t attribute(cudaDeviceAttr which, int index) {
   return value;
 }
 
+constexpr int kClusterBlocks = 8;  // of a cluster on every device that has any
+
+// The architecture of the kernels that this device runs.
+int compiled_for_device(int index) {
+  int before = 0;
+  require("bnext: the device", cudaGetDevice(&before));
+  require("bnext: the device", cudaSetDevice(index));
+  const int architecture = compiled_for();
+  require("bnext: the device", cudaSetDevice(before));
+  return architecture;
+}
+
 Device read_device(int index) {
   Device device;
   device.multiprocessors = static_cast<int>(attribute(cudaDevAttrMultiProcessorCount, index));
   device.block_threads = static_cast<int>(attribute(cudaDevAttrMaxThreadsPerBlock, index));
   device.shared_memory = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, index);
+  device.multiprocessor_memory = attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, index);
   device.l2 = attribute(cudaDevAttrL2CacheSize, index);
+  const bool has_90 = compiled_for_device(index) >= 900;
+  if (has_90 && attribute(cudaDevAttrClusterLaunch, index) != 0) device.cluster_blocks = kClusterBlocks;
+  device.bulk_copies = has_90;
   // Two transfers per clock, in kHz, over a bus of so many bits.
   device.bandwidth = 2e3 * static_cast<double>(attribute(cudaDevAttrMemoryClockRate, index)) *
                      static_cast<double>(attribute(cudaDevAttrGlobalMemoryBusWidth, index)) / 8;

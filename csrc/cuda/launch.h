@@ -19,9 +19,17 @@ void forward(const ForwardArgs& args, const Plan& plan, const Workspace& workspa
 // Null dx: no input gradient, and no dresidual. Null dweight and dbias: no sums for them.
 void backward(const BackwardArgs& args, const Plan& plan, const Workspace& workspace);
 
+// Whether the current device runs the plan: it holds all blocks at once that wait for each other. Otherwise
+// the call must stream. To be asked before forward and backward.
+bool can_run(const ForwardArgs& args, const Plan& plan);
+bool can_run(const BackwardArgs& args, const Plan& plan);
+
 // Whether the tensors of a call begin at multiples of 16 bytes, which its plan needs to know.
 bool aligned(const ForwardArgs& args);
 bool aligned(const BackwardArgs& args);
+
+// What kernels were compiled for, as __CUDA_ARCH__ has it, of those that the current device runs.
+int compiled_for();
 
 // Of the GPU with this index; read once.
 const Device& device(int index);

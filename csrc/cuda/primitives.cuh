@@ -60,6 +60,12 @@ BNEXT_DEVICE unsigned char* block_memory() {
 // The value of the lane whose number differs in the bits of mask; all lanes of the warp take part.
 BNEXT_DEVICE double exchange(double value, int mask) { return __shfl_xor_sync(0xffffffffu, value, mask); }
 
+// The value. What follows from it is computed again rather than kept in registers from the last time.
+BNEXT_DEVICE int64_t anew(int64_t value) {
+  asm volatile("" : "+l"(value));
+  return value;
+}
+
 template <Reuse kReuse>
 BNEXT_DEVICE Vector16 load16(const void* p) {
   const uint4* from = static_cast<const uint4*>(p);
@@ -120,6 +126,8 @@ inline unsigned char* block_memory() { return reinterpret_cast<unsigned char*>(m
 inline double exchange(double value, int mask) {
   return bits_as<double>(model::exchange(bits_as<uint64_t>(value), (thread_index() % 32) ^ mask));
 }
+
+inline int64_t anew(int64_t value) { return value; }
 
 template <class T>
 T& aligned_at(const void* p) {

@@ -6,12 +6,13 @@
 // - Center center(channel): what deviations are taken from, and what else elements of the channel need;
 // - Centers, those of a vector: set(lane, center), at(lane), and fill(), a vector that adds nothing;
 // - add(sums, elements, center), for elements of one channel, which leaves what output(i) gets in values[i];
-// - fold(channel, sums), what follows once per channel;
+// - fold(channel, center, sums), what follows once per channel;
 // - kReuse: whether a map comes after it;
 // - phase(), of the tensor on whose boundaries the vectors of planes should lie.
 #pragma once
 
 #include "cuda/batch.cuh"
+#include "cuda/columns.cuh"
 #include "cuda/sums.cuh"
 #include "cuda/tensors.cuh"
 #include "formulas.h"
@@ -25,31 +26,34 @@ struct Reduction {
   bool aligned;        // every vector that is walked lies on a boundary of sixteen bytes
   Sums* partial;       // [chunk][channel]
   unsigned* counters;  // [group], zero
+
+  BNEXT_DEVICE Sums* part(int64_t chunk, int64_t channel) const {
+    return partial + chunk * extent.channels + channel;
+  }
 };
 
-// The partial sums of one group into totals(channel of the group, sums), each called by one thread.
-template <class F>
-BNEXT_DEVICE void total(const Reduction& r, int64_t first_channel, int channels, double* memory, F totals) {
+// The partial sums of one group, part(chunk, channel of the group), into totals(channel of the group, sums),
+// each called by one thread.
+template <class Part, class F>
+BNEXT_DEVICE void total(int chunks, int channels, double* memory, Part part, F totals) {
   const int threads = static_cast<int>(thread_count()), t = static_cast<int>(thread_index());
-  const int chunks = static_cast<int>(r.tiling.chunks);
   for (int begin = 0; begin < channels; begin += threads) {
     const int count = channels - begin < threads ? channels - begin : threads;
     const int slices = threads / count;
     const int channel = t % count, slice = t / count;
     Sums sums;
     if (slice < slices) {
-      const Sums* from = r.partial + first_channel + begin + channel;
       constexpr int kTogether = 8;  // loads under way at once: each takes as long as all of them
       for (int chunk = slice; chunk < chunks; chunk += kTogether * slices) {
-        Vector16 part[kTogether];
+        Vector16 parts[kTogether];
         BNEXT_UNROLL
         for (int k = 0; k < kTogether; ++k) {
           const int at = chunk + k * slices;
-          part[k] = at < chunks ? load16_fresh(from + at * r.extent.channels) : Vector16{};
+          parts[k] = at < chunks ? part(at, begin + channel) : Vector16{};
         }
         BNEXT_UNROLL
         for (int k = 0; k < kTogether; ++k)
-          sums += {element<double>(part[k], 0), element<double>(part[k], 1)};
+          sums += {element<double>(parts[k], 0), element<double>(parts[k], 1)};
       }
     }
     sync_block();
@@ -75,12 +79,12 @@ BNEXT_DEVICE void put_back(const Reducer& reducer, Batch<Reducer, kVectors>& bat
   }
 }
 
-// A batch of vectors, one beneath the other: lane by lane into sums[lane].
-template <class Reducer, int kVectors>
+// A batch of vectors, one beneath the other: lane by lane into sums[lane], some of the lanes.
+template <int kFirst, int kEnd, class Reducer, int kVectors>
 BNEXT_DEVICE void add_columns(const Reducer& reducer, Batch<Reducer, kVectors>& batch,
                               const typename Reducer::Centers& centers, Sums* sums) {
   BNEXT_UNROLL
-  for (int lane = 0; lane < kLanes<typename Reducer::Storage>; ++lane) {
+  for (int lane = kFirst; lane < kEnd; ++lane) {
     Elements<Reducer, kVectors> elements;
     BNEXT_UNROLL
     for (int u = 0; u < kVectors; ++u) elements.take(u, batch, u, lane);
@@ -136,14 +140,11 @@ BNEXT_DEVICE void reduce_rows(const Reduction& r, Reducer& reducer) {
   const Tiling& t = r.tiling;
   const unsigned groups = static_cast<unsigned>(t.groups);
   const int64_t group = block_index() % groups, chunk = block_index() / groups;
-  const int64_t inner = r.extent.inner, first_channel = group * t.group_channels;
-  const int channels = static_cast<int>(min_of(t.group_channels, r.extent.channels - first_channel));
-  const int width = static_cast<int>(min_of(t.group_width, t.row_length - group * t.group_width));
+  const Columns<kCount> at_columns(r.extent, t, group, static_cast<int>(thread_index()));
+  const int64_t first_channel = at_columns.first_channel;
+  const int channels = at_columns.channels, lanes = at_columns.lanes;
   const int index = static_cast<int>(thread_index()), threads = static_cast<int>(thread_count());
-  const int vectors = static_cast<int>(t.vectors);
-  const int column = index % vectors, height = t.height, row = index / vectors;
-  const bool active = row < height;
-  const int lanes = !active ? 0 : static_cast<int>(min_of<int64_t>(kCount, width - column * kCount));
+  const int row = at_columns.row, height = t.height;
 
   double* const memory = reinterpret_cast<double*>(block_memory());
   {
@@ -152,18 +153,13 @@ BNEXT_DEVICE void reduce_rows(const Reduction& r, Reducer& reducer) {
     sync_block();
   }
   typename Reducer::Centers centers;
-  BNEXT_UNROLL
-  for (int lane = 0; lane < kCount; ++lane) {
-    const int k = lane < lanes ? (column * kCount + lane) / static_cast<int>(inner) % channels : -1;
-    centers.set(lane, k < 0 ? Center{} : reinterpret_cast<const Center*>(memory)[k]);
-  }
+  at_columns.set_centers(centers, reinterpret_cast<const Center*>(memory));
   sync_block();
 
   Sums sums[kCount];
   const int64_t begin = chunk * t.chunk, end = min_of(begin + t.chunk, t.rows),
-                stride = height * t.row_length;
-  const int64_t base = group * t.group_width + column * kCount;
-  const auto add = [&](auto& batch) { add_columns(reducer, batch, centers, sums); };
+                stride = height * t.row_length, base = at_columns.base;
+  const auto add = [&](auto& batch) { add_columns<0, kCount>(reducer, batch, centers, sums); };
   int64_t at = begin + row;
   if (r.aligned && lanes == kCount) {
     BNEXT_NO_UNROLL
@@ -190,44 +186,18 @@ BNEXT_DEVICE void reduce_rows(const Reduction& r, Reducer& reducer) {
     reduce_batch<false>(reducer, rest, centers.fill(), add);
   }
 
-  // Columns of a group lie lane by lane, [lane][vector].
-  const int columns = kCount * vectors;
-  const int repeats = width / static_cast<int>(channels * inner);
-  auto of_channel = [&](int k) {
-    double a = 0, b = 0, c = 0, d = 0;  // in turn, so that additions do not wait for each other
-    for (int repeat = 0; repeat < repeats; ++repeat) {
-      for (int s = 0; s < inner; ++s) {
-        const int at = (repeat * channels + k) * static_cast<int>(inner) + s;
-        const double next = a + memory[at % kCount * vectors + at / kCount];
-        a = b;
-        b = c;
-        c = d;
-        d = next;
-      }
-    }
-    return (a + b) + (c + d);
+  Sums* const partial = r.part(chunk, first_channel);
+  at_columns.add_up(sums, at_columns.active, row, height, memory, partial);
+  const auto fold = [&](int k, const Sums& all) {
+    reducer.fold(first_channel + k, reducer.center(first_channel + k), all);
   };
-  Sums* const partial = r.partial + chunk * r.extent.channels + first_channel;
-  for (int which = 0; which < 2; ++which) {
-    if (active) {
-      BNEXT_UNROLL
-      for (int lane = 0; lane < kCount; ++lane) {
-        memory[row * columns + lane * vectors + column] = which == 0 ? sums[lane].first : sums[lane].second;
-      }
-    }
-    sum_rows(memory, columns, height);
-    for (int k = index; k < channels; k += threads) {
-      (which == 0 ? partial[k].first : partial[k].second) = of_channel(k);
-    }
-    sync_block();
-  }
   if (t.chunks == 1) {  // each channel's sums by the thread that wrote them
-    for (int k = index; k < channels; k += threads) reducer.fold(first_channel + k, partial[k]);
+    for (int k = index; k < channels; k += threads) fold(k, partial[k]);
     return;
   }
   if (!last_to_arrive(r.counters + group, static_cast<unsigned>(t.chunks))) return;
-  total(r, first_channel, channels, memory,
-        [&](int k, const Sums& all) { reducer.fold(first_channel + k, all); });
+  const auto part = [&](int chunk, int k) { return load16_fresh(r.part(chunk, first_channel + k)); };
+  total(static_cast<int>(t.chunks), channels, memory, part, fold);
 }
 
 template <class Reducer>
@@ -279,12 +249,15 @@ BNEXT_DEVICE void reduce_planes(const Reduction& r, Reducer& reducer) {
   double* const memory = reinterpret_cast<double*>(block_memory());
   const Sums all = sum_block(sums, memory);
   if (t.chunks == 1) {
-    if (thread_index() == 0) reducer.fold(channel, all);
+    if (thread_index() == 0) reducer.fold(channel, center, all);
     return;
   }
-  if (thread_index() == 0) r.partial[chunk * r.extent.channels + channel] = all;
+  if (thread_index() == 0) *r.part(chunk, channel) = all;
   if (!last_to_arrive(r.counters + channel, static_cast<unsigned>(t.chunks))) return;
-  total(r, channel, 1, memory, [&](int, const Sums& sum) { reducer.fold(channel, sum); });
+  total(
+      static_cast<int>(t.chunks), 1, memory,
+      [&](int chunk, int) { return load16_fresh(r.part(chunk, channel)); },
+      [&](int, const Sums& sum) { reducer.fold(channel, center, sum); });
 }
 
 }  // namespace bnext::cuda

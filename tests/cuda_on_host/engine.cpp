@@ -4,7 +4,10 @@
 // Numbers are in the machine's own order. A call is a Call, then the tensors that it names, in that order; a
 // result is y, mask, stats, running_mean, running_var, num_batches_tracked, dx, dweight, dbias, dresidual,
 // each as far as it was asked for, then how many kernels forward and backward took, which is what their plans
-// say. Every buffer lies between guard zones; outputs begin as NaN, and the mask as ones.
+// say, how many of their blocks wait for each other, how many are a cluster, and whether copies are in bulk.
+// Every buffer lies between guard zones; outputs begin
+// as NaN, and the mask as ones.
+#include <array>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -36,11 +39,17 @@ struct Call {
   // Elements from a boundary of 16 bytes to the tensor.
   int64_t shift_x, shift_dy, shift_out, shift_residual, shift_dresidual;
   int64_t order, seed, resident_blocks;
-  int64_t multiprocessors, block_threads, l2;
-  int64_t skip_barrier, early_arrival, displace_stores, tear_atomics;
+  int64_t multiprocessors, block_threads, l2, shared_memory, multiprocessor_memory;
+  int64_t cluster_blocks, bulk_copies;
+  int64_t engine;  // as in plan_cuda.h's Choice
+  int64_t skip_barrier, early_arrival, displace_stores, tear_atomics, skip_group_barrier, skip_async_wait,
+      unordered_wait;
   int64_t activation;  // as in activation.h
   double eps, momentum, activation_param;
 };
+
+// What a result says of each pass.
+using Took = std::array<int64_t, 4>;
 
 constexpr size_t kGuard = 256;  // bytes
 constexpr unsigned char kGuardByte = 0xA5, kPoison = 0xFF;
@@ -113,10 +122,10 @@ void write(std::ostream& out, Buffer* buffer) {
   out.write(reinterpret_cast<const char*>(buffer->data()), static_cast<std::streamsize>(buffer->bytes()));
 }
 
-// Counters are zero before and after; everything else in the workspace is dirty. Gives the kernels launched.
+// Counters are zero before and after; everything else in the workspace is dirty.
 template <class Args, class Run>
-uint64_t run_planned(const Args& args, Pass pass, const cuda::Device& device, Run run) {
-  const cuda::Plan plan = make_plan(Problem(args, pass), device, cuda::aligned(args));
+Took run_planned(const Args& args, Pass pass, const cuda::Device& device, cuda::Choice engine, Run run) {
+  const cuda::Plan plan = make_plan(Problem(args, pass), device, cuda::aligned(args), engine);
   const uint64_t before = model::statistics().launches;
   Buffer scratch(static_cast<size_t>(plan.scratch_bytes));
   std::vector<unsigned> counters(static_cast<size_t>(plan.counters()), 0u);
@@ -128,7 +137,7 @@ uint64_t run_planned(const Args& args, Pass pass, const cuda::Device& device, Ru
   }
   const uint64_t launched = model::statistics().launches - before;
   if (launched != static_cast<uint64_t>(plan.launches())) throw std::runtime_error("launches nobody planned");
-  return launched;
+  return {static_cast<int64_t>(launched), plan.waiting_blocks, plan.cluster, plan.bulk_copies ? 1 : 0};
 }
 
 void make(const Call& call, std::istream& in, std::ostream& out) {
@@ -158,11 +167,22 @@ void make(const Call& call, std::istream& in, std::ostream& out) {
   Buffer* const dresidual = buffers.empty(call.want_dresidual != 0, bytes, shifted(call.shift_dresidual));
 
   model::set_options({static_cast<model::Options::Order>(call.order), static_cast<uint64_t>(call.seed),
-                      static_cast<unsigned>(call.resident_blocks)});
+                      static_cast<unsigned>(call.resident_blocks),
+                      static_cast<unsigned>(call.multiprocessors * 2)});
   model::set_faults({static_cast<int>(call.skip_barrier), call.early_arrival != 0,
-                     static_cast<ptrdiff_t>(call.displace_stores), call.tear_atomics != 0});
-  const cuda::Device device{static_cast<int>(call.multiprocessors), static_cast<int>(call.block_threads),
-                            48 << 10, call.l2, 1e12};
+                     static_cast<ptrdiff_t>(call.displace_stores), call.tear_atomics != 0,
+                     call.skip_group_barrier != 0, call.skip_async_wait != 0,
+                     static_cast<int>(call.unordered_wait)});
+  const cuda::Device device{static_cast<int>(call.multiprocessors),
+                            static_cast<int>(call.block_threads),
+                            call.shared_memory,
+                            call.l2,
+                            1e12,
+                            call.multiprocessor_memory,
+                            0,
+                            static_cast<int>(call.cluster_blocks),
+                            call.bulk_copies != 0};
+  const auto engine = static_cast<cuda::Choice>(call.engine);
   auto vector = [&](Buffer* buffer) { return ChannelVector{data(buffer), vector_dtype}; };
 
   ForwardArgs forward;
@@ -185,9 +205,9 @@ void make(const Call& call, std::istream& in, std::ostream& out) {
   forward.batch_statistics = call.training != 0;
   forward.unbiased_running_var = call.unbiased != 0;
   forward.activation = {static_cast<Activation>(call.activation), call.activation_param};
-  uint64_t launches[2] = {};
-  launches[0] =
-      run_planned(forward, call.training != 0 ? Pass::forward : Pass::inference, device, cuda::forward);
+  Took forward_took{}, backward_took{};
+  forward_took = run_planned(forward, call.training != 0 ? Pass::forward : Pass::inference, device, engine,
+                             cuda::forward);
 
   if (call.backward != 0) {
     BackwardArgs backward;
@@ -208,13 +228,14 @@ void make(const Call& call, std::istream& in, std::ostream& out) {
     backward.dweight = data(dweight);
     backward.dbias = data(dbias);
     backward.batch_statistics = call.training != 0;
-    launches[1] = run_planned(backward, call.training != 0 ? Pass::backward : Pass::frozen_backward, device,
-                              cuda::backward);
+    backward_took = run_planned(backward, call.training != 0 ? Pass::backward : Pass::frozen_backward, device,
+                                engine, cuda::backward);
   }
   buffers.require_guards();
   for (Buffer* result : {y, mask, stats, running_mean, running_var, counter, dx, dweight, dbias, dresidual})
     write(out, result);
-  out.write(reinterpret_cast<const char*>(launches), sizeof launches);
+  for (const auto& took : {forward_took, backward_took})
+    out.write(reinterpret_cast<const char*>(took.data()), sizeof took);
 }
 
 }  // namespace

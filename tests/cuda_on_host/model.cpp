@@ -11,8 +11,29 @@ namespace model {
 namespace {
 
 constexpr unsigned kMostThreads = 1024;  // of a block, as on every device
+constexpr unsigned kMostOfCluster = 8;   // blocks, as on every device that has clusters
 
-// Waits for all threads of the barrier, in the one function. All but exchange() order memory.
+Warp& own_warp() { return current->block->warps[current->index / kWarp]; }
+
+void run(unsigned blocks, unsigned threads, size_t shared_bytes, unsigned alive, unsigned cluster,
+         const std::function<void()>& body) {
+  if (launched != nullptr) throw std::logic_error("a launch within a launch");
+  if (blocks == 0 || threads == 0 || threads % kWarp != 0 || threads > kMostThreads) {
+    throw std::invalid_argument("launch of " + std::to_string(blocks) + " blocks of " +
+                                std::to_string(threads) + " threads");
+  }
+  const Unwatched unwatched;
+  ++process.counts.launches;
+  Launch(blocks, threads, shared_bytes, alive, cluster, body).run();
+}
+
+unsigned blocks_at_once(unsigned blocks, unsigned threads) {
+  const unsigned known = kThreadSanitizer && threads > 0 ? kMostFibers / threads : blocks;
+  return std::min(process.options.resident_blocks, known);
+}
+
+}  // namespace
+
 void wait_at(Barrier& barrier, Place place) {
   Thread& self = *current;
   std::vector<Place>& places = self.block->places;
@@ -31,10 +52,6 @@ void wait_at(Barrier& barrier, Place place) {
   if (place != Place::exchange) acquire(token);
 }
 
-Warp& own_warp() { return current->block->warps[current->index / kWarp]; }
-
-}  // namespace
-
 void set_options(const Options& chosen) {
   process.options = chosen;
   process.generator.seed(chosen.seed);
@@ -45,14 +62,26 @@ void set_faults(const Faults& planted) { process.faults = planted; }
 Statistics statistics() { return process.counts; }
 
 void launch(unsigned blocks, unsigned threads, size_t shared_bytes, const std::function<void()>& body) {
-  if (launched != nullptr) throw std::logic_error("a launch within a launch");
-  if (blocks == 0 || threads == 0 || threads % kWarp != 0 || threads > kMostThreads) {
-    throw std::invalid_argument("launch of " + std::to_string(blocks) + " blocks of " +
-                                std::to_string(threads) + " threads");
+  run(blocks, threads, shared_bytes, blocks_at_once(blocks, threads), 1, body);
+}
+
+void launch_clusters(unsigned blocks, unsigned cluster, unsigned threads, size_t shared_bytes,
+                     const std::function<void()>& body) {
+  if (cluster < 1 || cluster > kMostOfCluster || blocks % cluster != 0) {
+    throw std::invalid_argument("launch of " + std::to_string(blocks) + " blocks in clusters of " +
+                                std::to_string(cluster));
   }
-  const Unwatched unwatched;
-  ++process.counts.launches;
-  Launch(blocks, threads, shared_bytes, body).run();
+  run(blocks, threads, shared_bytes, blocks_at_once(blocks, threads), cluster, body);
+}
+
+void launch_cooperative(unsigned blocks, unsigned threads, size_t shared_bytes,
+                        const std::function<void()>& body) {
+  if (blocks > process.options.device_blocks) {
+    throw std::runtime_error("a cooperative launch of " + std::to_string(blocks) +
+                             " blocks, of which the device holds " +
+                             std::to_string(process.options.device_blocks));
+  }
+  run(blocks, threads, shared_bytes, blocks, 1, body);
 }
 
 unsigned thread_index() { return current->index; }

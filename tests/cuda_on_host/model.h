@@ -24,14 +24,18 @@ struct Options {
   } order = Order::ascending;    // of blocks, threads in a block
   uint64_t seed = 0;             // of the random order, which goes on from launch to launch
   unsigned resident_blocks = 4;  // alive at once; the others start as these end, as in any ordinary launch
+  unsigned device_blocks = 64;   // that the device holds at once, all of a cooperative launch among them
 };
 
 // Planted faults, for tests of the model and of the tests of kernels: something must catch each.
 struct Faults {
   int skip_barrier = -1;  // each thread passes its k-th sync_block(), from 0, neither waiting nor ordering
-  bool early_arrival = false;     // last_to_arrive() says true to the first block instead of the last
-  ptrdiff_t displace_stores = 0;  // bytes that displaced() adds
-  bool tear_atomics = false;      // set_bits() reads, and then writes
+  bool early_arrival = false;       // last_to_arrive() says true to the first block instead of the last
+  ptrdiff_t displace_stores = 0;    // bytes that displaced() adds
+  bool tear_atomics = false;        // set_bits() reads, and then writes
+  bool skip_group_barrier = false;  // arrive_and_wait() waits for nobody
+  bool skip_async_wait = false;     // wait_for_copies() and wait_for_bytes() return with copies under way
+  int unordered_wait = -1;          // the k-th wait_for_cluster() of each thread, from 0, orders nothing
 };
 
 void set_options(const Options& options);
@@ -43,6 +47,15 @@ void set_faults(const Faults& faults);
 // spins and never waits is not noticed). After an exception the next launch starts afresh; threads that were
 // under way are left as they are, without running destructors.
 void launch(unsigned blocks, unsigned threads, size_t shared_bytes, const std::function<void()>& body);
+
+// All blocks are alive at once; std::runtime_error where the device does not hold as many.
+void launch_cooperative(unsigned blocks, unsigned threads, size_t shared_bytes,
+                        const std::function<void()>& body);
+
+// Each `cluster` blocks that follow one another start together, and see each other's memory; the memory of a
+// block goes when the block ends.
+void launch_clusters(unsigned blocks, unsigned cluster, unsigned threads, size_t shared_bytes,
+                     const std::function<void()>& body);
 
 // Since the start of the process.
 struct Statistics {
@@ -77,6 +90,43 @@ uint64_t exchange(uint64_t value, unsigned source_lane);
 // up by one; the one that makes it `expected` gets true in all threads, sees what the others wrote before,
 // and leaves 0 behind.
 bool last_to_arrive(unsigned* counter, unsigned expected);
+
+// All threads of a block call it. Each block counts *counter up by one, then waits until it is `target`; what
+// blocks did before they counted is visible after. Only blocks that are alive at once can wait for each
+// other.
+void arrive_and_wait(unsigned* counter, unsigned target);
+
+// The same without waiting, and without ordering anything: the block that makes it `last` leaves 0 behind.
+void leave_group(unsigned* counter, unsigned last);
+
+// All threads of a cluster call both, one after the other: what any did before it arrived is visible to all
+// that have waited.
+void arrive_at_cluster();
+void wait_for_cluster();
+
+// Where a place of the calling block's memory is in that of the cluster's block `rank`, which must not have
+// ended.
+const void* place_in_cluster(const void* own, unsigned rank);
+
+// Begins a copy of 16 bytes, which happens as late as it may: when the thread waits for it. Until then the
+// destination, block memory, holds poison, and AddressSanitizer reports whoever reads it.
+void begin_copy(void* to, const void* from);
+
+// The copies begun since the last call are a batch.
+void commit_copies();
+
+// Until all batches but the latest `pending` are there; the calling thread sees them. A thread must not end
+// with copies under way.
+void wait_for_copies(unsigned pending);
+
+// A barrier for copies of any number of bytes is a word of block memory that one thread prepares, others see
+// after a sync_block(). Each of its generations has expect_bytes() once, and copies of as many bytes, which
+// happen as late as they may: when a thread waits for the generation. Threads that have waited see them. A
+// block must not end with copies under way.
+void prepare_barrier(uint64_t* barrier);
+void expect_bytes(uint64_t* barrier, unsigned bytes);
+void begin_bulk_copy(void* to, const void* from, unsigned bytes, uint64_t* barrier);
+void wait_for_bytes(uint64_t* barrier, unsigned generation);  // by its parity, as on a device
 
 // Bytes of Faults::displace_stores.
 ptrdiff_t store_displacement();

@@ -16,10 +16,6 @@ using namespace model;
 using namespace scenarios;
 using Order = Options::Order;
 
-void require(bool condition, const char* what) {
-  if (!condition) throw std::runtime_error(what);
-}
-
 template <class Run>
 void in_all_orders(Run run) {
   for (const Order order : {Order::ascending, Order::descending, Order::random}) {
@@ -235,7 +231,7 @@ const Scenarios kScenarios = {
 
 int main(int count, char** arguments) {
   Scenarios all = kPlanted;
-  all.insert(kScenarios.begin(), kScenarios.end());
+  for (const Scenarios& more : {kScenarios, kTogether, kCopies}) all.insert(more.begin(), more.end());
   if (count != 2) {
     for (const auto& [name, run] : all) std::puts(name.c_str());
     return 0;

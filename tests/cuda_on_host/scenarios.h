@@ -2,6 +2,7 @@
 #pragma once
 
 #include <map>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
@@ -14,7 +15,24 @@ using Scenarios = std::map<std::string, void (*)()>;
 // Those with a fault that a sanitizer must report: race_... ThreadSanitizer, overrun_... AddressSanitizer.
 extern const Scenarios kPlanted;
 
+// Blocks that wait for each other, and copies that run beside threads; poison_... AddressSanitizer.
+extern const Scenarios kTogether, kCopies;
+
 constexpr unsigned kThreads = 64, kBlocks = 7;
+
+inline void require(bool condition, const char* what) {
+  if (!condition) throw std::runtime_error(what);
+}
+
+template <class Launch>
+std::string message_of(Launch launch) {
+  try {
+    launch();
+  } catch (const std::runtime_error& error) {
+    return error.what();
+  }
+  return "";
+}
 
 template <class T>
 T* shared() {

@@ -20,7 +20,12 @@ constexpr const char* kNames[] = {"are running",
                                   "wait at the beginning of last_to_arrive",
                                   "wait at the end of last_to_arrive",
                                   "wait in sync_warp",
-                                  "wait in exchange"};
+                                  "wait in exchange",
+                                  "wait at the beginning of arrive_and_wait",
+                                  "wait for other blocks",
+                                  "wait at the end of arrive_and_wait",
+                                  "wait for the cluster",
+                                  "wait for bytes"};
 
 Memory new_block_memory(size_t bytes) {
   auto* const memory = static_cast<std::byte*>(::operator new(bytes, std::align_val_t{kMemoryAlignment}));
@@ -28,10 +33,36 @@ Memory new_block_memory(size_t bytes) {
   return Memory(memory);
 }
 
+void require_no_copies(const Block& block) {
+  for (const auto& [barrier, arrivals] : block.arrivals) {
+    if (!arrivals.copies.empty()) throw std::runtime_error("a block ends with copies under way");
+  }
+}
+
+// The last thread of a block in a cluster takes its memory with it, for ThreadSanitizer a write: of nobody
+// that still reads there.
+void end_thread() {
+  Block& block = *current->block;
+  bool last = false;
+  {
+    const Unwatched unwatched;
+    for (const auto& batch : current->copies) {
+      if (!batch.empty()) throw std::runtime_error("a thread ends with copies under way");
+    }
+    release(&block.end_token);
+    last = block.ended + 1 == launched->threads;
+    if (!last) return;
+    require_no_copies(block);
+    acquire(&block.end_token);
+  }
+  if (block.cluster != nullptr) std::memset(block.memory.get(), 0xCD, block.memory_bytes);
+}
+
 MODEL_UNINSTRUMENTED void run_thread() {
   acquire(&launched->begin_token);
   try {
     launched->body();
+    end_thread();
   } catch (...) {
     const Unwatched unwatched;
     launched->failure = std::current_exception();
@@ -52,13 +83,15 @@ Process process;
 Launch* launched = nullptr;
 Thread* current = nullptr;
 
-Block::Block(unsigned index, unsigned count, size_t shared_bytes)
+Block::Block(unsigned index, unsigned count, size_t shared_bytes, std::shared_ptr<Cluster> cluster)
     : index(index),
       barrier{.first = 0, .count = count},
       places(count, Place::running),
       threads(std::make_unique<Thread[]>(count)),
       warps(std::make_unique<Warp[]>(count / kWarp)),
-      memory(new_block_memory(shared_bytes)) {
+      memory(new_block_memory(shared_bytes)),
+      memory_bytes(shared_bytes),
+      cluster(std::move(cluster)) {
   for (unsigned t = 0; t < count; ++t) {
     Warp& warp = warps[t / kWarp];
     if (t % kWarp == 0) warp.barrier = {.first = t, .count = kWarp};
@@ -81,21 +114,21 @@ std::string describe(const Block& block) {
   return text;
 }
 
-Launch::Launch(unsigned blocks, unsigned threads, size_t shared_bytes, const std::function<void()>& body)
+Launch::Launch(unsigned blocks, unsigned threads, size_t shared_bytes, unsigned alive, unsigned cluster,
+               const std::function<void()>& body)
     : blocks(blocks),
       threads(threads),
       body(body),
       shared_bytes_(shared_bytes),
+      alive_(alive),
+      cluster_(cluster),
       block_order_(blocks),
       thread_order_(threads) {
-  std::iota(block_order_.begin(), block_order_.end(), 0u);
   std::iota(thread_order_.begin(), thread_order_.end(), 0u);
   if (process.options.order == Options::Order::descending) {
-    std::reverse(block_order_.begin(), block_order_.end());
     std::reverse(thread_order_.begin(), thread_order_.end());
-  } else if (process.options.order == Options::Order::random) {
-    std::shuffle(block_order_.begin(), block_order_.end(), process.generator);
   }
+  order_blocks();
   release(&begin_token);
   launched = this;
 }
@@ -111,34 +144,79 @@ Launch::~Launch() {
   current = nullptr;
 }
 
+// Those of a cluster one after another.
+void Launch::order_blocks() {
+  std::vector<unsigned> clusters(blocks / std::max(cluster_, 1u));
+  std::iota(clusters.begin(), clusters.end(), 0u);
+  if (process.options.order == Options::Order::random) {
+    std::shuffle(clusters.begin(), clusters.end(), process.generator);
+  }
+  auto to = block_order_.begin();
+  for (const unsigned first : clusters) {
+    const auto begin = to;
+    for (unsigned rank = 0; rank < cluster_; ++rank) *to++ = first * cluster_ + rank;
+    if (process.options.order == Options::Order::random) std::shuffle(begin, to, process.generator);
+  }
+  if (process.options.order == Options::Order::descending) {
+    std::reverse(block_order_.begin(), block_order_.end());
+  }
+}
+
 void Launch::start_blocks() {
-  const unsigned most =
-      std::min(process.options.resident_blocks, kThreadSanitizer ? kMostFibers / threads : blocks);
-  while (started_ < blocks && resident_.size() < std::max(most, 1u)) {
-    resident_.push_back(std::make_unique<Block>(block_order_[started_], threads, shared_bytes_));
-    ++started_;
+  while (started_ < blocks && resident_.size() + cluster_ <= std::max(alive_, cluster_)) {
+    std::shared_ptr<Cluster> cluster;
+    if (cluster_ > 1) {
+      cluster = std::make_shared<Cluster>();
+      cluster->blocks.resize(cluster_);
+      cluster->threads = size_t{cluster_} * threads;
+    }
+    for (unsigned k = 0; k < cluster_; ++k) {
+      const unsigned index = block_order_[started_++];
+      resident_.push_back(std::make_unique<Block>(index, threads, shared_bytes_, cluster));
+      if (cluster != nullptr) cluster->blocks[index % cluster_] = resident_.back().get();
+    }
+  }
+}
+
+bool Thread::can_run() const {
+  const Place place = block->places[index];
+  switch (place) {
+    case Place::running:
+      return true;
+    case Place::group:
+      return *waits_for >= target;
+    case Place::cluster:
+      return block->cluster->generation >= met;
+    case Place::bytes:
+      return arrivals->has_passed(target) || arrivals->all_begun();
+    default:
+      return false;
   }
 }
 
 // Every thread that can run runs until it waits.
-void Launch::give_turn(Block& block) {
+bool Launch::give_turn(Block& block) {
   if (process.options.order == Options::Order::random) {
     std::shuffle(thread_order_.begin(), thread_order_.end(), process.generator);
   }
   bool progress = false;
   for (const unsigned t : thread_order_) {
-    if (block.places[t] != Place::running) continue;
+    if (!block.threads[t].can_run()) continue;
     progress = true;
     current = &block.threads[t];
     current->fiber.enter();
     if (failure) std::rethrow_exception(failure);
   }
-  if (!progress) throw std::runtime_error("deadlock in " + describe(block));
-  if (++block.idle_turns > kPatience) throw std::runtime_error("livelock in " + describe(block));
+  const bool waits = std::any_of(block.places.begin(), block.places.end(),
+                                 [](Place p) { return p == Place::group || p == Place::cluster; });
+  if (!progress && !waits) throw std::runtime_error("deadlock in " + describe(block));
+  if (progress && ++block.idle_turns > kPatience) throw std::runtime_error("livelock in " + describe(block));
+  return progress;
 }
 
 void Launch::retire(std::unique_ptr<Block> block) {
   for (unsigned t = 0; t < threads; ++t) block->threads[t].fiber.release_all(&end_token_);
+  if (block->cluster != nullptr) block->cluster->blocks[block->index % cluster_] = nullptr;
   if (kThreadSanitizer) memory_of_ended_.push_back(std::move(block->memory));
 }
 
@@ -149,13 +227,15 @@ void Launch::run() {
     if (process.options.order == Options::Order::random) {
       std::shuffle(resident_.begin(), resident_.end(), process.generator);
     }
+    bool progress = false;
     for (auto& block : resident_) {
-      give_turn(*block);
+      progress |= give_turn(*block);
       if (block->ended == threads) {
         ++process.counts.blocks;
         retire(std::move(block));
       }
     }
+    if (!progress) throw std::runtime_error("deadlock between blocks: " + describe(*resident_.front()));
     std::erase(resident_, nullptr);
   }
 }

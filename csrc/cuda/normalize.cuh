@@ -1,0 +1,192 @@
+// Forward on a GPU as a reducer and a map, which every engine of kernels takes: moments, normalize, and their
+// folds.
+#pragma once
+
+#include "cuda/activations.cuh"
+#include "cuda/map.cuh"
+#include "cuda/mask.cuh"
+#include "cuda/reduce.cuh"
+
+namespace bnext::cuda {
+
+struct ForwardParams {
+  ForwardArgs args;
+  Reduction reduction;
+  Mapping mapping;
+  MaskOutput mask;
+  Reuse output_reuse;
+};
+
+inline ForwardParams forward_params(const ForwardArgs& args, const Plan& plan) {
+  ForwardParams p{args, {}, {}, {}, plan.streaming_stores ? Reuse::no : Reuse::yes};
+  p.args.extent = plan.extent;
+  return p;
+}
+
+// Of (x - center) in arithmetic precision: per batch its sum, and its squares around the batch's own mean
+// (Chan, Golub, LeVeque, "Updating formulae", 1979), so that a center far from the mean costs no digits;
+// batches in double.
+template <class T>
+struct MomentsReducer {
+  using Storage = T;
+  using Math = opmath_t<T>;
+  using Center = Math;
+  static constexpr int kInputs = 1, kSureInputs = 1, kOutputs = 0, kSureOutputs = 0, kVectors = 8;
+  static constexpr bool kReadsMask = false;
+  static constexpr Reuse kReuse = Reuse::yes;
+
+  const ForwardParams& p;
+
+  BNEXT_DEVICE Input<T> input(int) const { return {static_cast<const T*>(p.args.x), p.args.extent.numel()}; }
+  BNEXT_DEVICE Output<T> output(int) const { return {}; }
+  BNEXT_DEVICE int phase() const { return phase_of(input(0).data); }
+
+  // The median of medians of nine elements spread over the channel, 0 if it is not finite: a constant channel
+  // sums to exactly zero, and a few outliers, or what is special at borders, do not become the center. An
+  // element, so that it is exact in every precision.
+  BNEXT_DEVICE Math center(int64_t c) const {
+    const Extent& e = p.args.extent;
+    const T* const x = static_cast<const T*>(p.args.x) + c * e.inner;
+    const int64_t next = e.channels * e.inner;
+    const auto at = [&](int k) {
+      return widen(x[e.outer * (2 * k + 1) / 18 * next + e.inner * (4 * k % 9) / 9]);
+    };
+    double median[3];
+    BNEXT_UNROLL
+    for (int k = 0; k < 3; ++k) median[k] = median_of(at(k), at(k + 3), at(k + 6));
+    const double middle = median_of(median[0], median[1], median[2]);
+    return std::isfinite(middle) ? static_cast<Math>(middle) : Math{0};
+  }
+
+  // An element that adds nothing.
+  BNEXT_DEVICE static bits_t<T> fill(Math center) {
+    Vector16 v{};
+    set_element<T>(v, 0, center);
+    return element_bits<T>(v, 0);
+  }
+
+  struct Centers {
+    Vector16 elements{};
+
+    BNEXT_DEVICE void set(int lane, Math center) { set_element<T>(elements, lane, center); }
+    BNEXT_DEVICE Math at(int lane) const { return element<T>(elements, lane); }
+    BNEXT_DEVICE Vector16 fill() const { return elements; }
+  };
+
+  template <int kCount>
+  BNEXT_DEVICE void add(Sums& sums, const Elements<MomentsReducer, kCount>& elements, Math center) const {
+    Math d[kCount];
+    BNEXT_UNROLL
+    for (int k = 0; k < kCount; ++k) d[k] = elements.values[0][k] - center;
+    const Math first = sum_of<kCount>(d), mean = first * (Math{1} / kCount);
+    BNEXT_UNROLL
+    for (int k = 0; k < kCount; ++k) d[k] = (d[k] - mean) * (d[k] - mean);
+    const Math second = sum_of<kCount>(d);
+    const double sum = first;
+    sums += {sum, second + sum * (sum * (1.0 / kCount))};
+  }
+
+  BNEXT_DEVICE double factor() const {
+    if (!p.args.cumulative) return p.args.momentum;
+    return p.args.num_batches_tracked == nullptr
+               ? 0.0
+               : 1.0 / static_cast<double>(*p.args.num_batches_tracked + 1);  // the map adds the one
+  }
+
+  BNEXT_DEVICE void fold(int64_t c, Math center, const Sums& sums) const {
+    const ForwardArgs& a = p.args;
+    const auto count = static_cast<double>(anew(a.extent.count()));
+    const Moments m = moments_from_sums(static_cast<double>(center), sums, 1 / count);
+    store(a.mean + c, m.mean);
+    store(a.invstd + c, inverse_std(m.var, a.eps));
+    const double weight = factor();
+    if (!a.running_mean || weight == 0) return;
+    const double var = a.unbiased_running_var ? unbiased_var(m.var, count) : m.var;
+    write_channel(a.running_mean, c, running_update(read_channel(a.running_mean, c, 0), m.mean, weight));
+    write_channel(a.running_var, c, running_update(read_channel(a.running_var, c, 0), var, weight));
+  }
+};
+
+// kJoined: there may be a residual and a mask.
+template <class T, bool kJoined>
+struct NormalizeMap {
+  using Storage = T;
+  using Math = opmath_t<T>;
+  static constexpr int kInputs = kJoined ? 2 : 1, kSureInputs = 1, kOutputs = 1, kSureOutputs = 1;
+  static constexpr int kCoefficients = 3;
+  static constexpr bool kReadsMask = false, kWritesMask = kJoined;
+
+  const ForwardParams& p;
+
+  BNEXT_DEVICE Input<T> input(int i) const {
+    return {static_cast<const T*>(i == 0 ? p.args.x : p.args.residual), p.args.extent.numel()};
+  }
+  BNEXT_DEVICE Output<T> output(int) const {
+    return {static_cast<T*>(p.args.y), p.args.extent.numel(), p.output_reuse};
+  }
+  BNEXT_DEVICE const MaskOutput& mask() const { return p.mask; }
+
+  BNEXT_DEVICE void coefficients(int64_t c, bool owner, Math (&values)[kCoefficients]) const {
+    const ForwardArgs& a = p.args;
+    double mean = 0, invstd = 0;
+    if (a.batch_statistics) {
+      mean = a.mean[c];
+      invstd = a.invstd[c];
+    } else {
+      mean = read_channel(a.running_mean, c, 0);
+      invstd = inverse_std(read_channel(a.running_var, c, 1), a.eps);
+      if (owner) {
+        store(a.mean + c, mean);
+        store(a.invstd + c, invstd);
+      }
+    }
+    coefficients(c, mean, invstd, values);
+  }
+
+  // Of the reducer's sums, as its fold has them.
+  BNEXT_DEVICE void coefficients(int64_t c, Math center, const Sums& sums,
+                                 Math (&values)[kCoefficients]) const {
+    const Moments m = moments_from_sums(static_cast<double>(center), sums,
+                                        1 / static_cast<double>(anew(p.args.extent.count())));
+    coefficients(c, m.mean, inverse_std(m.var, p.args.eps), values);
+  }
+
+  BNEXT_DEVICE void coefficients(int64_t c, double mean, double invstd, Math (&values)[kCoefficients]) const {
+    const auto found = normalize_coefficients<Math>(mean, invstd, read_channel(p.args.weight, c, 1),
+                                                    read_channel(p.args.bias, c, 0));
+    values[0] = found.center;
+    values[1] = found.scale;
+    values[2] = found.offset;
+  }
+
+  template <int kCount, class Coefficient>
+  BNEXT_DEVICE uint32_t values(const Elements<NormalizeMap, kCount>& elements, Coefficient c,
+                               Math (&out)[kOutputs][kCount]) const {
+    const auto& in = elements.values;
+    Math(&z)[kCount] = out[0];
+    BNEXT_UNROLL
+    for (int l = 0; l < kCount; ++l) z[l] = normalize<Math>(in[0][l], c(0, l), c(1, l), c(2, l));
+    uint32_t bits = 0;
+    if constexpr (kJoined) {
+      if (p.args.residual != nullptr) {
+        BNEXT_UNROLL
+        for (int l = 0; l < kCount; ++l) z[l] += in[1][l];
+      }
+      if (p.mask.data != nullptr) bits = passing(p.args.activation, z);
+    }
+    activate_all(p.args.activation, z);
+    return bits;
+  }
+};
+
+BNEXT_DEVICE void count_batch(const ForwardArgs& args) {
+  if (args.num_batches_tracked != nullptr && block_index() == 0 && thread_index() == 0) {
+    store(args.num_batches_tracked, *args.num_batches_tracked + 1);
+  }
+}
+
+BNEXT_DEVICE void clear_mask(const MaskOutput& mask) {
+  if (mask.data != nullptr && !mask.whole_bytes) mask.clear();
+}
+
+}  // namespace bnext::cuda
