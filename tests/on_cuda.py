@@ -19,7 +19,7 @@ needs_cuda = pytest.mark.skipif(
     not AVAILABLE, reason="needs a GPU, a CUDA build of torch, and bnext built with CUDA"
 )
 
-# Of an H100's size and up these share slabs among blocks: clusters forward, all blocks backward; all blocks.
+# On an H100 or H200 blocks share slabs of these: clusters forward and waiting blocks backward; waiting blocks.
 SHARED: list[tuple[str, Dtypes, tuple[int, ...]]] = [
     ("nchw", FLOAT32, (64, 64, 56, 56)),
     ("nhwc", BFLOAT16_WITH_FLOAT32, (64, 256, 56, 56)),
