@@ -33,14 +33,7 @@ void cut(Tiling& tiling, int64_t wanted, int64_t least) {
 
 Tiling planes(const Extent& e, int lanes, const Device& device, bool aligned, int blocks_per_multiprocessor,
               int most_threads) {
-  Tiling t;
-  t.traversal = Traversal::planes;
-  t.rows = e.outer;
-  t.row_length = e.channels * e.inner;
-  t.group_width = e.inner;
-  t.group_channels = 1;
-  t.groups = e.channels;
-  t.vectors = vectors_of_run(e.inner, lanes, aligned);
+  Tiling t = planes_tiling(e, lanes, aligned);
   const int most = std::min(most_threads, device.block_threads);
   t.threads = static_cast<int>(std::clamp<int64_t>(whole_warps(t.positions() / 2), kWarp, most));
   cut(t, int64_t{blocks_per_multiprocessor} * device.multiprocessors / e.channels,
@@ -140,6 +133,18 @@ Traffic wanted_traffic(const Problem& problem) {
 }
 
 }  // namespace
+
+Tiling planes_tiling(const Extent& e, int lanes, bool aligned) {
+  Tiling t;
+  t.traversal = Traversal::planes;
+  t.rows = e.outer;
+  t.row_length = e.channels * e.inner;
+  t.group_width = e.inner;
+  t.group_channels = 1;
+  t.groups = e.channels;
+  t.vectors = vectors_of_run(e.inner, lanes, aligned);
+  return t;
+}
 
 int64_t rows_folded(const Extent& e, int lanes, int threads) {
   const int64_t row = e.channels * e.inner;

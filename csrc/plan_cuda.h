@@ -137,6 +137,9 @@ const char* name(Engine engine);
 // "automatic", "streaming" or "resident"; std::invalid_argument for anything else.
 Choice choice_named(const std::string& name);
 
+// A group to a channel; threads and chunks are for the engine to add.
+Tiling planes_tiling(const Extent& extent, int lanes, bool aligned);
+
 // Rows that are joined to one, so that short ones end with a vector; a row has a thread per vector at most.
 int64_t rows_folded(const Extent& extent, int lanes, int threads);
 

@@ -11,8 +11,9 @@ namespace {
 constexpr int kThreads = 256;     // of a block, with 128 registers each: two blocks to a multiprocessor
 constexpr int kBlocks = 2;        // the same: one loads while the other waits or stores
 constexpr int kMostSegments = 2;  // of a row that is one slab; a wider one is cut, a segment to a slab
-constexpr int64_t kBlockReserve = 1 << 10;  // bytes of shared memory that a block takes besides
-constexpr int64_t kStaticMemory = 128;      // the same, of what it may ask for: of last_to_arrive
+// Bytes of shared memory that a block takes besides: of what it may ask for, last_to_arrive has some, rounded
+// up for what follows; of a multiprocessor's, CUDA has a kilobyte more.
+constexpr int64_t kStaticMemory = 128, kBlockReserve = kStaticMemory + (1 << 10);
 // One block takes as long to load so much as blocks take to wait for each other, about a microsecond.
 constexpr int64_t kAloneBytes = 64 << 10;
 constexpr int kLeastRows = 4;  // vectors of a thread where blocks share a slab
@@ -41,14 +42,7 @@ Tiling rows(const Extent& e, int lanes, int most) {
 }
 
 Tiling planes(const Extent& e, int lanes, bool aligned, int most) {
-  Tiling t;
-  t.traversal = Traversal::planes;
-  t.rows = e.outer;
-  t.row_length = e.channels * e.inner;
-  t.group_width = e.inner;
-  t.group_channels = 1;
-  t.groups = e.channels;
-  t.vectors = vectors_of_run(e.inner, lanes, aligned);
+  Tiling t = planes_tiling(e, lanes, aligned);
   t.threads = static_cast<int>(std::clamp<int64_t>(whole_warps(t.positions()), kWarp, most));
   return t;
 }

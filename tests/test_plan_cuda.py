@@ -128,7 +128,8 @@ def test_eight_blocks_at_most_are_a_cluster(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_blocks_that_wait_fit_the_device(layout: str, dtype: torch.dtype, backward: bool, spare: int) -> None:
-    """By shared memory; by threads and registers two blocks of 256 fit every multiprocessor there is."""
+    """By shared memory, 128 bytes of the kernel's own and 1024 of CUDA's to a block; by threads and registers two
+    blocks of 256 fit every multiprocessor there is."""
     waiting = 0
     for multiprocessors, block, all_blocks in ((132, 227, 228), (108, 163, 164), (82, 99, 100), (40, 64, 64)):
         device = bnext.CudaDevice(
@@ -150,10 +151,10 @@ def test_blocks_that_wait_fit_the_device(layout: str, dtype: torch.dtype, backwa
                     except ValueError as refused:
                         assert "expected a call that the resident engine takes" in str(refused)
                         continue
-                    assert plan.block_memory <= block << 10 and plan.reduce_threads <= 256
+                    assert plan.block_memory + 128 <= block << 10 and plan.reduce_threads <= 256
                     if plan.waiting_blocks:
                         waiting += 1
-                        together = min(2, (all_blocks << 10) // (plan.block_memory + 1024))
+                        together = min(2, (all_blocks << 10) // (plan.block_memory + 128 + 1024))
                         assert plan.waiting_blocks == plan.reduce_blocks
                         assert plan.waiting_blocks <= (multiprocessors - spare) * together
     assert waiting > 10
