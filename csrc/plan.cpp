@@ -9,9 +9,10 @@ namespace {
 constexpr int64_t kLanes = 16;     // elements per vector step (cpu/vector.h)
 constexpr int64_t kLongRun = 512;  // elements: from here on a plane's tail does not matter
 constexpr int64_t kShortRun = 64;  // elements: shorter planes lose too much to their tails
-constexpr int64_t kShortRun16Bit =
-    128;  // the same with 16-bit storage, where tails are small beside conversions
+constexpr int64_t kLongRun16Bit = 128;  // the same with 16-bit storage, where tails are small beside conversions
+constexpr int64_t kMappedRun = 32;      // and where nothing is summed: memory order is worth the tails
 constexpr int64_t kRunBytes = 8 << 10;  // contiguous bytes a slab should read per outer index: two pages
+constexpr int64_t kMapBytes = 1 << 20;  // the same where nothing is reduced, and memory order is the best order
 constexpr int64_t kColumnBytes =
     8 << 10;                             // narrowest column slab: narrower ones read at half the rate or less
 constexpr int64_t kLineBytes = 64;       // of a cache line, and of the widest vector
@@ -21,6 +22,7 @@ constexpr int64_t kSharedColumns =
 constexpr int64_t kFoldColumns = 128;         // rows narrower than this are folded
 constexpr int64_t kSerialElements = 1 << 15;  // below this a parallel region costs more than it saves
 constexpr int64_t kChunkElements = 1 << 16;   // smallest chunk worth its own partial sums
+constexpr int64_t kFewParts = 16;  // still balances
 constexpr int64_t kMaxParts = 64;  // slabs * chunks aimed at: enough for any thread count to balance
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -35,10 +37,11 @@ int64_t gcd(int64_t a, int64_t b) {
   return a;
 }
 
-Geometry make_geometry(const Extent& extent, Dtype dtype) {
+Geometry make_geometry(const Extent& extent, Dtype dtype, bool maps_only) {
   Geometry geometry{one_run_if_one_channel(extent)};
   const Extent& e = geometry.extent;
-  const bool planes = e.channels == 1 || e.inner >= (size_of(dtype) == 2 ? kShortRun16Bit : kLongRun) ||
+  const int64_t long_run = maps_only ? kMappedRun : size_of(dtype) == 2 ? kLongRun16Bit : kLongRun;
+  const bool planes = e.channels == 1 || e.inner >= long_run ||
                       (e.inner >= kShortRun && e.inner % kLanes == 0);
   geometry.traversal = planes ? Traversal::planes : Traversal::rows;
   const int64_t row = e.channels * e.inner;
@@ -70,16 +73,17 @@ Traffic traffic(const Problem& problem) {
 
 Plan make_plan(const Problem& problem, const Machine& machine) {
   Plan plan;
-  plan.geometry = make_geometry(problem.extent, problem.dtype);
+  const Traffic tensors = traffic(problem);
+  const bool maps_only = tensors.read_by_reduce == 0;
+  plan.geometry = make_geometry(problem.extent, problem.dtype, maps_only);
   const Extent& e = plan.geometry.extent;
   const int64_t element = size_of(problem.dtype);
   if (e.numel() == 0) {  // nothing to cut
     plan.slab_channels = e.channels;
-    plan.schedule = traffic(problem).read_by_reduce == 0 ? Schedule::map : Schedule::fused;
+    plan.schedule = maps_only ? Schedule::map : Schedule::fused;
     return plan;
   }
   const int64_t tensor_bytes = e.numel() * element;
-  const Traffic tensors = traffic(problem);
   const int64_t kept = std::max<int64_t>(tensors.read_by_reduce, 1);  // tensors between the two passes
 
   // Slab width. Channels are grouped until a slab reads kRunBytes in one go, then as cache allows.
@@ -88,9 +92,10 @@ Plan make_plan(const Problem& problem, const Machine& machine) {
   const int64_t channel_bytes = e.count() * element * kept;
   bool fits = true;
   if (plan.geometry.traversal == Traversal::planes) {
-    const int64_t wanted = ceil_div(kRunBytes, e.inner * element);
+    const int64_t wanted = ceil_div(maps_only ? kMapBytes : kRunBytes, e.inner * element);
     const int64_t affordable =
-        std::max<int64_t>(1, machine.private_cache / 2 / std::max<int64_t>(1, channel_bytes));
+        maps_only ? wanted
+                  : std::max<int64_t>(1, machine.private_cache / 2 / std::max<int64_t>(1, channel_bytes));
     plan.slab_channels = std::clamp<int64_t>(std::min(wanted, affordable), 1, e.channels);
     fits = plan.slab_channels * channel_bytes <= share;
   } else if (plan.geometry.fold > 1) {
@@ -109,23 +114,24 @@ Plan make_plan(const Problem& problem, const Machine& machine) {
   plan.slabs = ceil_div(e.channels, plan.slab_channels);
   plan.cache_bytes = plan.slab_channels * channel_bytes;
 
-  // Chunks, from the shape alone: slab widths above depend on caches.
+  // Chunks, where sums are taken from the shape alone: slab widths above depend on caches.
   const int64_t positions = plan.geometry.positions();
   const int64_t per_position = std::max<int64_t>(1, e.numel() / std::max<int64_t>(1, positions));
   const int64_t shortest = std::max<int64_t>(1, kChunkElements / per_position);
   // Wide rows can also be shared out by columns, planes by channels.
-  const int64_t across = plan.geometry.traversal == Traversal::planes
-                             ? e.channels
-                             : ceil_div(plan.geometry.row_length(), kSharedColumns);
+  const int64_t across = plan.geometry.traversal == Traversal::rows
+                             ? ceil_div(plan.geometry.row_length(), kSharedColumns)
+                         : maps_only ? plan.slabs
+                                     : e.channels;
   plan.chunk_length = std::max(ceil_div(positions, ceil_div(kMaxParts, across)), shortest);
-  plan.chunk_length = plan.geometry.traversal == Traversal::planes
-                          ? round_up(plan.chunk_length, plan.chunk_length >= e.inner ? e.inner : kLanes)
-                          : round_up(plan.chunk_length, kLanes);
+  const bool whole_runs = plan.geometry.traversal == Traversal::planes &&
+                          (plan.chunk_length >= e.inner || (maps_only && e.outer * plan.slabs >= kFewParts));
+  plan.chunk_length = round_up(plan.chunk_length, whole_runs ? e.inner : kLanes);
   plan.chunk_length = std::max<int64_t>(1, std::min(plan.chunk_length, positions));
   plan.chunks = std::max<int64_t>(1, ceil_div(positions, plan.chunk_length));
 
   plan.threads = static_cast<int>(std::min(threads, plan.slabs * plan.chunks));
-  if (tensors.read_by_reduce == 0) {
+  if (maps_only) {
     plan.schedule = Schedule::map;
   } else {
     // A thread's last slab must not leave the others idle: at most an eighth of the work may be lost to

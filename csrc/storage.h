@@ -41,23 +41,14 @@ struct OpMath<double> {
 template <class T>
 using opmath_t = typename OpMath<T>::type;
 
-// Arithmetic of sums over elements: double, except for 16-bit storage. There a float holds a few dozen
-// squares of an input's 8 or 11 significant bits with an error far below the input's own, and is then added
-// to a double.
+// Elements that are added up in the arithmetic type before their sum is added to a double: what float loses over
+// so few is below the rounding of one element, and over many batches it averages out.
 template <class T>
-struct SumMath {
-  using type = double;
-};
+constexpr int kBatch = 8;
 template <>
-struct SumMath<bf16> {
-  using type = float;
-};
+inline constexpr int kBatch<bf16> = 32;
 template <>
-struct SumMath<f16> {
-  using type = float;
-};
-template <class T>
-using summath_t = typename SumMath<T>::type;
+inline constexpr int kBatch<f16> = 32;
 
 // Bits of a significand, the leading one among them.
 template <class T>

@@ -112,11 +112,7 @@ struct BackwardWork {
       std::copy_n(args.invstd + c, n, invstd);
     }
     // The reducers subtracted the mean as their arithmetic can hold it.
-    const bool active{args.activation};
-    const auto held = [&](double value) {
-      return active ? static_cast<double>(static_cast<A>(value))
-                    : static_cast<double>(static_cast<summath_t<T>>(value));
-    };
+    const auto held = [](double value) { return static_cast<double>(static_cast<A>(value)); };
     auto* const dweight = static_cast<A*>(args.dweight);
     auto* const dbias = static_cast<A*>(args.dbias);
     for (int64_t k = 0; k < n; ++k) {

@@ -68,7 +68,7 @@ struct ForwardWork {
     for (int64_t k = 0; k < channels; ++k) {
       double& old = center[channel_begin + k];
       if (!center_is_bad(sums[k], count) || !std::isfinite(sums[k].second)) continue;
-      const auto better = static_cast<double>(static_cast<summath_t<T>>(old + sums[k].first / count));
+      const auto better = static_cast<double>(static_cast<A>(old + sums[k].first / count));
       moved |= better != old;
       old = better;
     }

@@ -5,11 +5,9 @@
 // columns are (outer fold, channel, inner) elements; reducers keep a double sum per column. Maps walk from
 // the end to the beginning: what the reduce read last is still in cache.
 
-constexpr int64_t kFlush = 32;  // vector steps a sum may stay in SumMath before it is added to a double
-constexpr int kRowBlock = 4;    // rows a reducer walks together: at most kFlush
-constexpr int64_t kAheadBytes = 4 << 10;  // from a row to the one that it fetches from memory meanwhile
+constexpr int kPanel = kBytes == 64 ? 4 : 2;  // strips of sixteen columns that a reducer sums in registers
 constexpr int64_t kJumpBytes = 16 << 10;  // of a slab per outer index; longer runs are left to the hardware
-constexpr int64_t kStretchBytes = 64 << 10;  // ascending part of a descending walk
+constexpr int64_t kStretchBytes = 512 << 10;  // ascending part of a descending walk
 
 template <class A>
 BNEXT_INLINE Lanes<double> as_double(const Lanes<A>& v) {
@@ -70,11 +68,12 @@ template <class Reducer>
 void reduce_planes(const Operands& operands, const Geometry& geometry, const Tile& tile, void* scratch,
                    Sums* sums) {
   using Math = typename Reducer::Math;
+  using Storage = typename Reducer::Storage;
   const Reducer reducer(operands);
   const Extent e = geometry.extent;
   const int64_t numel = e.numel();
   double* lanes = static_cast<double*>(scratch);  // [channel][2][kLanes]
-  const int64_t ahead = jump<typename Reducer::Storage>(e, tile);
+  const int64_t ahead = jump<Storage>(e, tile);
   for (int64_t k = 0; k < tile.channels() * 2 * kLanes; ++k) lanes[k] = 0;
 
   for_each_run<false>(
@@ -85,23 +84,30 @@ void reduce_planes(const Operands& operands, const Geometry& geometry, const Til
                 __attribute__((always_inline)) { return splat(Reducer::coefficient(operands, k, channel)); },
             typename CountTo<Reducer::kCoefficients>::type{});
         int64_t i = 0;
-        while (i < length) {
-          LaneSums<Math> local{};
-          const int64_t vectors = (length - i) / kLanes;
-          const int64_t stop = i + (vectors < kFlush - 1 ? vectors : kFlush - 1) * kLanes;
-          for (; i < stop; i += kLanes) {
+        // Two sums take turns: an addition does not wait for the one before it.
+        auto batch = [&](int64_t vectors) __attribute__((always_inline)) {
+          LaneSums<Math> even{}, odd{};
+          auto step = [&](LaneSums<Math>& to) __attribute__((always_inline)) {
             reducer.prefetch(offset + i + ahead);
-            reducer.step(local, offset + i, c, Full{});
+            reducer.step(to, offset + i, c, Full{});
+            i += kLanes;
+          };
+          for (int64_t k = 0; k < vectors / 2; ++k) {
+            step(even);
+            step(odd);
           }
-          if (length - i < kLanes) {
-            if (i < length)
-              with_rest(length, i, offset, numel, false, [&](auto span) __attribute__((always_inline)) {
-                reducer.step(local, offset + i, c, span);
-              });
+          if (vectors % 2 != 0) step(even);
+          if (i < length && length - i < kLanes) {
+            with_rest(length, i, offset, numel, false, [&](auto span) __attribute__((always_inline)) {
+              reducer.step(odd, offset + i, c, span);
+            });
             i = length;
           }
-          add_to<typename Reducer::Storage>(first, first + kLanes, local);
-        }
+          even += odd;
+          add_to<Storage>(first, first + kLanes, even);
+        };
+        while (length - i >= kBatch<Storage> * kLanes) batch(kBatch<Storage>);
+        if (i < length) batch((length - i) / kLanes);
       });
 
   for (int64_t k = 0; k < tile.channels(); ++k) {
@@ -148,6 +154,7 @@ template <class Reducer>
 void reduce_rows(const Operands& operands, const Geometry& geometry, const Tile& tile, void* scratch,
                  Sums* sums) {
   using Math = typename Reducer::Math;
+  using Storage = typename Reducer::Storage;
   const Reducer reducer(operands);
   const Columns columns(geometry, tile);
   const int64_t numel = geometry.extent.numel(), stride = padded(columns.count);
@@ -156,40 +163,38 @@ void reduce_rows(const Operands& operands, const Geometry& geometry, const Tile&
   constexpr int kCount = Reducer::kCoefficients;
   Math* const expanded = reinterpret_cast<Math*>(second + stride);  // [coefficient][column]
   for (int64_t j = 0; j < 2 * stride; ++j) first[j] = 0;
-  columns.lay_out<typename Reducer::Storage>(
+  columns.lay_out<Storage>(
       expanded, kCount, [&](int k, int64_t channel) { return Reducer::coefficient(operands, k, channel); });
 
-  // kRows rows of `width` columns, a strip of sixteen at a time. Hardware prefetchers do not follow that
-  // order. Lanes past the last column go into padding that nobody reads.
-  const int64_t ahead =
-      (kAheadBytes / static_cast<int64_t>(sizeof(typename Reducer::Storage)) / columns.row_length + 1) *
-      columns.row_length;
-  auto rows = [&]<int kRows>(Index<kRows>, int64_t row, int64_t width) __attribute__((always_inline)) {
+  // `count` rows, a panel of columns at a time whose sums stay in registers. Lanes past the last column go into
+  // padding that nobody reads.
+  auto rows = [&](int64_t row, int64_t count, int64_t width) __attribute__((always_inline)) {
     const int64_t offset = row * columns.row_length + columns.begin;
     int64_t j = 0;
-    auto step = [&](auto span) __attribute__((always_inline)) {
-      const auto c = coefficients_from<Math>(
-          [&](int k) __attribute__((always_inline)) { return load<Math>(expanded + k * stride + j); },
-          typename CountTo<kCount>::type{});
-      LaneSums<Math> local{};
-      for_each_index(
-          [&](auto r) __attribute__((always_inline)) {
-            const int64_t at = offset + j + r.value * columns.row_length;
-            reducer.prefetch(at + ahead);
-            reducer.step(local, at, c, span);
-          },
-          typename CountTo<kRows>::type{});
-      add_to<typename Reducer::Storage>(first + j, second + j, local);
+    auto panel = [&]<int... P>(Indices<P...>, auto span) __attribute__((always_inline)) {
+      using C = Coefficients<Math, kCount>;
+      const C c[] = {coefficients_from<Math>(
+          [&](int k)
+              __attribute__((always_inline)) { return load<Math>(expanded + k * stride + j + P * kLanes); },
+          typename CountTo<kCount>::type{})...};
+      LaneSums<Math> local[sizeof...(P)] = {};
+      for (int64_t r = 0; r < count; ++r) {
+        const int64_t at = offset + j + r * columns.row_length;
+        (reducer.step(local[P], at + P * kLanes, c[P], span), ...);
+      }
+      (add_to<Storage>(first + j + P * kLanes, second + j + P * kLanes, local[P]), ...);
     };
-    for (; j + kLanes <= width; j += kLanes) step(Full{});
-    const int64_t last = offset + (kRows - 1) * columns.row_length + j;
-    if (j < width) step(First{width - j, last + kLanes <= numel});
+    for (; j + kPanel * kLanes <= width; j += kPanel * kLanes) panel(typename CountTo<kPanel>::type{}, Full{});
+    for (; j + kLanes <= width; j += kLanes) panel(Indices<0>{}, Full{});
+    const int64_t last = offset + (count - 1) * columns.row_length + j;
+    if (j < width) panel(Indices<0>{}, First{width - j, last + kLanes <= numel});
   };
   const int64_t whole_rows = numel / columns.row_length;
   const int64_t end = tile.end < whole_rows ? tile.end : whole_rows;
-  int64_t row = tile.begin;
-  for (; row + kRowBlock <= end; row += kRowBlock) rows(Index<kRowBlock>{}, row, columns.count);
-  for (; row < tile.end; ++row) rows(Index<1>{}, row, columns.width_of(row, whole_rows));
+  for (int64_t row = tile.begin; row < end; row += kBatch<Storage>) {
+    rows(row, end - row < kBatch<Storage> ? end - row : kBatch<Storage>, columns.count);
+  }
+  if (end < tile.end) rows(end, 1, columns.width_of(end, whole_rows));
 
   columns.collapse(first, second, sums);
   if (operands.streaming_stores) streaming_fence();

@@ -68,6 +68,11 @@ struct Last {
 template <class A>
 struct LaneSums {
   Lanes<A> first, second;
+
+  BNEXT_INLINE void operator+=(const LaneSums& other) {
+    first = first + other.first;
+    second = second + other.second;
+  }
 };
 
 // ---- reducers ----
@@ -76,7 +81,7 @@ struct LaneSums {
 template <class T>
 struct MomentsReducer {
   using Storage = T;
-  using Math = summath_t<T>;
+  using Math = opmath_t<T>;
   static constexpr int kCoefficients = 1;
   const T* x;
 
@@ -148,7 +153,7 @@ struct Gradient {
 template <class T, class Slope, bool Writes>
 struct GradSumsReducer {
   using Storage = T;
-  using Math = std::conditional_t<Slope::kActive, opmath_t<T>, summath_t<T>>;
+  using Math = opmath_t<T>;
   static constexpr int kScale = Slope::kFromInput ? 3 : 1, kCoefficients = kScale + Writes;
   Gradient<T, Slope> gradient;
 
@@ -167,8 +172,7 @@ struct GradSumsReducer {
     Lanes<Math> dz, value;
     gradient.load(dz, value, offset, c.k, span);
     if constexpr (Writes) {
-      gradient.store(offset, to_lanes<opmath_t<T>>(fixed_input_grad(dz, c.k[kScale])),
-                     to_lanes<opmath_t<T>>(dz), span);
+      gradient.store(offset, fixed_input_grad(dz, c.k[kScale]), dz, span);
     }
     dz = span.template keep<T>(dz);
     const Lanes<Math> d = span.template keep<T>(value - c.k[0]);
