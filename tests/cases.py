@@ -107,10 +107,13 @@ class Active:
         return self.activation if given is None else f"{self.activation}-{given:g}"
 
     def of(self, z: Tensor) -> Tensor:
-        """torch's own."""
+        """torch's own; of an infinity in float64: torch's float32 gelu(inf) is NaN with AVX-512, inf elsewhere."""
         function = getattr(torch.nn.functional, self.activation)
-        result: Tensor = function(z) if self.activation_param is None else function(z, self.activation_param)
-        return result
+        given = () if self.activation_param is None else (self.activation_param,)
+        result: Tensor = function(z, *given)
+        if z.isfinite().all():
+            return result
+        return torch.where(z.isinf(), function(z.double(), *given).to(z.dtype), result)
 
 
 # Every one, and the two parameters: a slope above one, and an alpha that leaves a kink at zero.

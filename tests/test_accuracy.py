@@ -188,6 +188,17 @@ def test_scale_of_the_input(scale: float, layout: str, device: str) -> None:
     problem.check_grads()
 
 
+@pytest.mark.parametrize("dtypes", [FLOAT32, BFLOAT16_WITH_FLOAT32], ids=str)
+@pytest.mark.parametrize("layout", ["nchw", "nhwc"])
+def test_squares_beyond_float32(layout: str, dtypes: Dtypes) -> None:
+    """Values of 1e25, which float32 and bfloat16 hold: y as of any others."""
+    problem = make((4, 5, 9, 9), LAYOUT[layout], dtypes, TRAIN)
+    problem.x[:, 1:3] *= 1e25
+    problem.running_var = None
+    problem.running_mean = None
+    problem.check_output(problem.forward())
+
+
 @pytest.mark.parametrize("layout", ["nchw", "nhwc"])
 def test_eval_without_variance(layout: str, device: str) -> None:
     """eps = 0 is legal in eval: the exact quotient, and an infinity where the variance is zero."""

@@ -49,12 +49,16 @@ struct ForwardWork {
                 .residual = args.residual != nullptr});
   }
 
-  // A channel's first element, so that a constant channel sums to exactly zero; 0 if it is not finite.
   void prepare(int64_t channel_begin, int64_t channel_end) {
-    const int64_t stride = args.extent.inner, count = channel_end - channel_begin;
-    double* const centers = center.get() + channel_begin;
-    read_channels(args.x, args.dtype, channel_begin * stride, stride, count, centers);
-    for (int64_t k = 0; k < count; ++k) centers[k] = std::isfinite(centers[k]) ? centers[k] : 0.0;
+    const Extent& e = args.extent;
+    for_each_fold(channel_begin, channel_end, [&](int64_t c, int64_t n) {
+      double samples[kCenterSamples][kFoldChannels];
+      for (int k = 0; k < kCenterSamples; ++k) {
+        const int64_t from = center_sample(e.outer, e.inner, e.channels * e.inner, k);
+        read_channels(args.x, args.dtype, c * e.inner + from, e.inner, n, samples[k]);
+      }
+      for (int64_t i = 0; i < n; ++i) center[c + i] = center_of([&](int k) { return samples[k][i]; });
+    });
   }
 
   // Moves bad centers to the mean and says whether the slab must be reduced again.
@@ -77,8 +81,32 @@ struct ForwardWork {
 
   void fold(int64_t channel_begin, int64_t channel_end, const Sums* sums) {
     for_each_fold(channel_begin, channel_end, [&](int64_t c, int64_t n) {
-      fold_some(c, n, sums == nullptr ? nullptr : sums + (c - channel_begin));
+      if (sums == nullptr) return fold_some(c, n, nullptr);
+      const Sums* const some = sums + (c - channel_begin);
+      int any = 0;
+      for (int64_t k = 0; k < n; ++k) any |= overflowed(some[k]);
+      if (any == 0) return fold_some(c, n, some);
+      Sums held[kFoldChannels];
+      for (int64_t k = 0; k < n; ++k) held[k] = overflowed(some[k]) ? sums_in_double(c + k) : some[k];
+      fold_some(c, n, held);
     });
+  }
+
+  // Squares of finite values beyond the arithmetic type: float32's end at 1.8e19.
+  static bool overflowed(const Sums& sums) { return std::isinf(sums.second) && std::isfinite(sums.first); }
+
+  Sums sums_in_double(int64_t c) const {
+    const Extent& e = args.extent;
+    Sums sums;
+    double values[kFoldChannels];
+    for (int64_t outer = 0; outer < e.outer; ++outer) {
+      for (int64_t i = 0; i < e.inner; i += kFoldChannels) {
+        const int64_t n = std::min(kFoldChannels, e.inner - i);
+        read_channels(args.x, args.dtype, (outer * e.channels + c) * e.inner + i, 1, n, values);
+        for (int64_t k = 0; k < n; ++k) sums += {values[k] - center[c], (values[k] - center[c]) * (values[k] - center[c])};
+      }
+    }
+    return sums;
   }
 
   // n channels from c on, at most kFoldChannels. Everything a loop reads or writes is local: it vectorises.

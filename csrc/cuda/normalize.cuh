@@ -41,21 +41,11 @@ struct MomentsReducer {
   BNEXT_DEVICE Output<T> output(int) const { return {}; }
   BNEXT_DEVICE int phase() const { return phase_of(input(0).data); }
 
-  // The median of medians of nine elements spread over the channel, 0 if it is not finite: a constant channel
-  // sums to exactly zero, and a few outliers, or what is special at borders, do not become the center. An
-  // element, so that it is exact in every precision.
   BNEXT_DEVICE Math center(int64_t c) const {
     const Extent& e = p.args.extent;
     const T* const x = static_cast<const T*>(p.args.x) + c * e.inner;
-    const int64_t next = e.channels * e.inner;
-    const auto at = [&](int k) {
-      return widen(x[e.outer * (2 * k + 1) / 18 * next + e.inner * (4 * k % 9) / 9]);
-    };
-    double median[3];
-    BNEXT_UNROLL
-    for (int k = 0; k < 3; ++k) median[k] = median_of(at(k), at(k + 3), at(k + 6));
-    const double middle = median_of(median[0], median[1], median[2]);
-    return std::isfinite(middle) ? static_cast<Math>(middle) : Math{0};
+    return static_cast<Math>(center_of(
+        [&](int k) { return widen(x[center_sample(e.outer, e.inner, e.channels * e.inner, k)]); }));
   }
 
   // An element that adds nothing.
