@@ -30,27 +30,35 @@ struct alignas(16) Sums {
   }
 };
 
-// Of three; a NaN or an infinity among them is not it.
+BNEXT_HOST_DEVICE double finite_or_zero(double value) { return std::isfinite(value) ? value : 0; }
+
+// Of three; a NaN or an infinity among them is not it. Comparisons rather than fmin and fmax: loops over
+// channels become vectors.
 BNEXT_HOST_DEVICE double median_of(double a, double b, double c) {
-  return std::fmax(std::fmin(a, b), std::fmin(std::fmax(a, b), c));
+  const double low = a < b ? a : b, high = a > b ? a : b;
+  const double middle = c < high ? c : high;
+  return low > middle ? low : middle;
 }
 
 constexpr int kCenterSamples = 9;
+// Up to so many elements none is more than two standard deviations from their mean, and any of them will do.
+constexpr int64_t kAnyIsCenter = 5;
 
 // Of sample k, in elements from the channel's first: spread over the channel, inside its runs too.
 BNEXT_HOST_DEVICE int64_t center_sample(int64_t outer, int64_t inner, int64_t next_outer, int k) {
-  return outer * (2 * k + 1) / (2 * kCenterSamples) * next_outer + inner * (4 * k % kCenterSamples) / kCenterSamples;
+  return outer * (2 * k + 1) / (2 * kCenterSamples) * next_outer +
+         inner * (4 * k % kCenterSamples) / kCenterSamples;
 }
 
-// What is subtracted before sums are taken: the median of medians of nine samples, 0 if it is not finite. A constant
-// channel sums to exactly zero, and a few outliers, or what is special at borders, do not become the center. An
-// element, so that it is exact in every precision.
+// What is subtracted before sums are taken: the median of medians of nine samples, 0 if it is not finite. A
+// constant channel sums to exactly zero, and a few outliers, or what is special at borders, do not become the
+// center. An element, so that it is exact in every precision.
 template <class F>
 BNEXT_HOST_DEVICE double center_of(F sample) {
   double median[3];
   for (int k = 0; k < 3; ++k) median[k] = median_of(sample(k), sample(k + 3), sample(k + 6));
   const double middle = median_of(median[0], median[1], median[2]);
-  return std::isfinite(middle) ? middle : 0;
+  return finite_or_zero(middle);
 }
 
 struct Moments {

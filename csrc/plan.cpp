@@ -9,10 +9,12 @@ namespace {
 constexpr int64_t kLanes = 16;     // elements per vector step (cpu/vector.h)
 constexpr int64_t kLongRun = 512;  // elements: from here on a plane's tail does not matter
 constexpr int64_t kShortRun = 64;  // elements: shorter planes lose too much to their tails
-constexpr int64_t kLongRun16Bit = 128;  // the same with 16-bit storage, where tails are small beside conversions
-constexpr int64_t kMappedRun = 32;      // and where nothing is summed: memory order is worth the tails
+constexpr int64_t kLongRun16Bit =
+    128;                            // the same with 16-bit storage, where tails are small beside conversions
+constexpr int64_t kMappedRun = 32;  // and where nothing is summed: memory order is worth the tails
 constexpr int64_t kRunBytes = 8 << 10;  // contiguous bytes a slab should read per outer index: two pages
-constexpr int64_t kMapBytes = 1 << 20;  // the same where nothing is reduced, and memory order is the best order
+constexpr int64_t kMapBytes =
+    1 << 20;  // the same where nothing is reduced, and memory order is the best order
 constexpr int64_t kColumnBytes =
     8 << 10;                             // narrowest column slab: narrower ones read at half the rate or less
 constexpr int64_t kLineBytes = 64;       // of a cache line, and of the widest vector
@@ -22,7 +24,7 @@ constexpr int64_t kSharedColumns =
 constexpr int64_t kFoldColumns = 128;         // rows narrower than this are folded
 constexpr int64_t kSerialElements = 1 << 15;  // below this a parallel region costs more than it saves
 constexpr int64_t kChunkElements = 1 << 16;   // smallest chunk worth its own partial sums
-constexpr int64_t kFewParts = 16;  // still balances
+constexpr int64_t kFewParts = 16;             // still balances
 constexpr int64_t kMaxParts = 64;  // slabs * chunks aimed at: enough for any thread count to balance
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -41,8 +43,8 @@ Geometry make_geometry(const Extent& extent, Dtype dtype, bool maps_only) {
   Geometry geometry{one_run_if_one_channel(extent)};
   const Extent& e = geometry.extent;
   const int64_t long_run = maps_only ? kMappedRun : size_of(dtype) == 2 ? kLongRun16Bit : kLongRun;
-  const bool planes = e.channels == 1 || e.inner >= long_run ||
-                      (e.inner >= kShortRun && e.inner % kLanes == 0);
+  const bool planes =
+      e.channels == 1 || e.inner >= long_run || (e.inner >= kShortRun && e.inner % kLanes == 0);
   geometry.traversal = planes ? Traversal::planes : Traversal::rows;
   const int64_t row = e.channels * e.inner;
   if (geometry.traversal == Traversal::rows && row > 0 && row < kFoldColumns) {
@@ -152,11 +154,11 @@ Plan make_plan(const Problem& problem, const Machine& machine) {
       (std::max(tensors.read_by_reduce, tensors.read_by_map) + tensors.written) * tensor_bytes +
       problem.mask * mask;
 
-  // Past the cache only what would not stay there: the call's tensors together exceed it. Whole lines only: a
+  // Past the cache only what would not stay there: the call's tensors together fill it. Whole lines only: a
   // line that is half streamed, half cached costs several times what streaming saves.
   const int64_t run = plan.geometry.traversal == Traversal::planes ? e.inner : plan.geometry.row_length();
   plan.streaming_stores = machine.shared_cache > 0 && run * element % kLineBytes == 0 &&
-                          plan.bytes_minimum > machine.shared_cache;
+                          plan.bytes_minimum >= machine.shared_cache;
   return plan;
 }
 

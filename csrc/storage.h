@@ -41,8 +41,8 @@ struct OpMath<double> {
 template <class T>
 using opmath_t = typename OpMath<T>::type;
 
-// Elements that are added up in the arithmetic type before their sum is added to a double: what float loses over
-// so few is below the rounding of one element, and over many batches it averages out.
+// Elements that are added up in the arithmetic type before their sum is added to a double: what float loses
+// over so few is below the rounding of one element, and over many batches it averages out.
 template <class T>
 constexpr int kBatch = 8;
 template <>

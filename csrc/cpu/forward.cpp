@@ -53,11 +53,17 @@ struct ForwardWork {
     const Extent& e = args.extent;
     for_each_fold(channel_begin, channel_end, [&](int64_t c, int64_t n) {
       double samples[kCenterSamples][kFoldChannels];
-      for (int k = 0; k < kCenterSamples; ++k) {
+      const int wanted = e.count() <= kAnyIsCenter ? 1 : kCenterSamples;
+      for (int k = 0; k < wanted; ++k) {
         const int64_t from = center_sample(e.outer, e.inner, e.channels * e.inner, k);
         read_channels(args.x, args.dtype, c * e.inner + from, e.inner, n, samples[k]);
       }
-      for (int64_t i = 0; i < n; ++i) center[c + i] = center_of([&](int k) { return samples[k][i]; });
+      double* const to = center.get() + c;
+      if (wanted == 1) {
+        for (int64_t i = 0; i < n; ++i) to[i] = finite_or_zero(samples[0][i]);
+      } else {
+        for (int64_t i = 0; i < n; ++i) to[i] = center_of([&](int k) { return samples[k][i]; });
+      }
     });
   }
 
@@ -103,7 +109,8 @@ struct ForwardWork {
       for (int64_t i = 0; i < e.inner; i += kFoldChannels) {
         const int64_t n = std::min(kFoldChannels, e.inner - i);
         read_channels(args.x, args.dtype, (outer * e.channels + c) * e.inner + i, 1, n, values);
-        for (int64_t k = 0; k < n; ++k) sums += {values[k] - center[c], (values[k] - center[c]) * (values[k] - center[c])};
+        for (int64_t k = 0; k < n; ++k)
+          sums += {values[k] - center[c], (values[k] - center[c]) * (values[k] - center[c])};
       }
     }
     return sums;

@@ -3,8 +3,8 @@
 //
 // Included once per instruction set, after vector.h.
 
-// Lanes of T need not lie in memory order. With 32-byte vectors bfloat16 is taken apart into even and odd
-// elements, a shift and a mask instead of lane-crossing instructions.
+// Lanes of T need not lie in memory order: bfloat16 with 32-byte vectors is taken apart into even and odd
+// elements.
 template <class T>
 constexpr bool kEvenOdd = false;
 #if BNEXT_VECTOR_BYTES == 32
@@ -57,22 +57,18 @@ BNEXT_INLINE Native<A> load_part(const float* p) {
   return widen_float(p);
 }
 template <class A>
-BNEXT_INLINE Native<float> load_part(const bf16* p) {
-  return widen_bf16<Native<float>>(widen_u16(p));
-}
-template <class A>
 BNEXT_INLINE Native<float> load_part(const f16* p) {
   return widen_half(p);
 }
 
 template <class A, class T>
 BNEXT_INLINE Lanes<A> load(const T* p) {
-  if constexpr (kEvenOdd<T>) {
-    const auto pairs = load_native<Native<uint32_t>>(p);
-    return {{(Native<float>)(pairs << 16), (Native<float>)(pairs & 0xffff0000u)}};
+  if constexpr (std::is_same_v<T, bf16>) {
+    return load_bf16(p);
+  } else {
+    return generate<A>(
+        [&](auto i) __attribute__((always_inline)) { return load_part<A>(p + i.value * Lanes<A>::kWidth); });
   }
-  return generate<A>(
-      [&](auto i) __attribute__((always_inline)) { return load_part<A>(p + i.value * Lanes<A>::kWidth); });
 }
 
 template <class Half, int... I>
@@ -117,14 +113,7 @@ BNEXT_INLINE void store(A* p, const Lanes<A>& v, bool streaming = false) {
   store_parts(p, v, VectorStore{streaming}, typename CountTo<Lanes<A>::kParts>::type{});
 }
 BNEXT_INLINE void store(bf16* p, const Lanes<float>& v, bool streaming = false) {
-  if constexpr (kEvenOdd<bf16>) {
-    const auto even = round_bf16<Native<uint32_t>>(v.part[0]), odd = round_bf16<Native<uint32_t>>(v.part[1]);
-    return VectorStore{streaming}(p, (even >> 16) | (odd & 0xffff0000u));
-  }
-  const auto bits = generate<uint32_t>([&](auto i) __attribute__((always_inline)) {
-    return round_bf16<Native<uint32_t>>(v.part[i.value]) >> 16;
-  });
-  store_u16(p, bits, VectorStore{streaming});
+  store_bf16(p, v, VectorStore{streaming});
 }
 BNEXT_INLINE void store(f16* p, const Lanes<float>& v, bool streaming = false) {
   store_half(p, v, VectorStore{streaming});

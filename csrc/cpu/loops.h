@@ -6,6 +6,8 @@
 // the end to the beginning: what the reduce read last is still in cache.
 
 constexpr int kPanel = kBytes == 64 ? 4 : 2;  // strips of sixteen columns that a reducer sums in registers
+constexpr int64_t kNearColumns = 1024;        // whose coefficients stay in the L1 cache, for as many rows
+constexpr int64_t kNearRows = 16;
 constexpr int64_t kJumpBytes = 16 << 10;  // of a slab per outer index; longer runs are left to the hardware
 constexpr int64_t kStretchBytes = 512 << 10;  // ascending part of a descending walk
 
@@ -166,8 +168,8 @@ void reduce_rows(const Operands& operands, const Geometry& geometry, const Tile&
   columns.lay_out<Storage>(
       expanded, kCount, [&](int k, int64_t channel) { return Reducer::coefficient(operands, k, channel); });
 
-  // `count` rows, a panel of columns at a time whose sums stay in registers. Lanes past the last column go into
-  // padding that nobody reads.
+  // `count` rows, a panel of columns at a time whose sums stay in registers. Lanes past the last column go
+  // into padding that nobody reads.
   auto rows = [&](int64_t row, int64_t count, int64_t width) __attribute__((always_inline)) {
     const int64_t offset = row * columns.row_length + columns.begin;
     int64_t j = 0;
@@ -184,7 +186,8 @@ void reduce_rows(const Operands& operands, const Geometry& geometry, const Tile&
       }
       (add_to<Storage>(first + j + P * kLanes, second + j + P * kLanes, local[P]), ...);
     };
-    for (; j + kPanel * kLanes <= width; j += kPanel * kLanes) panel(typename CountTo<kPanel>::type{}, Full{});
+    for (; j + kPanel * kLanes <= width; j += kPanel * kLanes)
+      panel(typename CountTo<kPanel>::type{}, Full{});
     for (; j + kLanes <= width; j += kLanes) panel(Indices<0>{}, Full{});
     const int64_t last = offset + (count - 1) * columns.row_length + j;
     if (j < width) panel(Indices<0>{}, First{width - j, last + kLanes <= numel});
@@ -214,25 +217,33 @@ void map_rows(const Operands& operands, const Geometry& geometry, const Tile& ti
     return static_cast<const Math*>(operands.coefficients[k])[channel];
   });
 
-  auto walk = [&](int64_t row, int64_t width) __attribute__((always_inline)) {
+  // Columns [j, end) of a row.
+  auto walk = [&](int64_t row, int64_t j, int64_t end) __attribute__((always_inline)) {
     const int64_t offset = row * columns.row_length + columns.begin;
-    int64_t j = 0;
-    bits.seek(offset);
+    bits.seek(offset + j);
     auto step = [&](auto span) __attribute__((always_inline)) {
       const auto c = coefficients_from<Math>(
           [&](int k) __attribute__((always_inline)) { return load<Math>(expanded + k * stride + j); },
           typename CountTo<kCount>::type{});
       map.step(bits, offset + j, c, span);
     };
-    for (; j + kLanes <= width; j += kLanes) step(Full{});
-    if (j < width) step(First{width - j, !in_place && offset + j + kLanes <= numel});
+    for (; j + kLanes <= end; j += kLanes) step(Full{});
+    if (j < end) step(First{end - j, !in_place && offset + j + kLanes <= numel});
   };
   const int64_t whole_rows = numel / columns.row_length;
   const int64_t row_bytes = columns.count * static_cast<int64_t>(sizeof(typename Map::Storage));
-  const int64_t stretch = kStretchBytes / row_bytes + 1;
+  const int64_t stretch = kStretchBytes / row_bytes + 1,
+                block = columns.count <= kNearColumns ? stretch : kNearRows;
   for (int64_t stop = tile.end; stop > tile.begin; stop -= stretch) {
-    for (int64_t row = stop - stretch > tile.begin ? stop - stretch : tile.begin; row < stop; ++row)
-      walk(row, columns.width_of(row, whole_rows));
+    for (int64_t row = stop - stretch > tile.begin ? stop - stretch : tile.begin; row < stop; row += block) {
+      const int64_t end = row + block < stop ? row + block : stop;
+      for (int64_t j = 0; j < columns.count; j += kNearColumns) {
+        for (int64_t r = row; r < end; ++r) {
+          const int64_t width = columns.width_of(r, whole_rows);
+          walk(r, j, j + kNearColumns < width ? j + kNearColumns : width);
+        }
+      }
+    }
   }
   bits.finish();
   if (operands.streaming_stores) streaming_fence();

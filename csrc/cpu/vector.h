@@ -103,9 +103,9 @@ using Integer = std::conditional_t<sizeof(A) == 8, int64_t, int32_t>;
 
 // ---- what differs between instruction sets ----
 // lane_bits: bit i for lane i of one part, whose lanes are all ones or zero.
-// widen_float: kWidth floats to double.      widen_u16, widen_half: one part from 16-bit storage.
+// widen_float: kWidth floats to double.      widen_half: one part from float16.
 // store_native_streaming: past the cache, p aligned to the vector.
-// store_u16, store_half: sixteen lanes to 16-bit storage.
+// load_bf16, store_bf16, store_half: sixteen lanes from and to 16-bit storage, bfloat16 in lane order.
 
 #if BNEXT_VECTOR_BYTES == 64
 
@@ -113,9 +113,6 @@ BNEXT_INLINE uint32_t lane_bits(Native<int32_t> v) { return _mm512_movepi32_mask
 BNEXT_INLINE uint32_t lane_bits(Native<int64_t> v) { return _mm512_movepi64_mask((__m512i)v); }
 BNEXT_INLINE Native<double> widen_float(const float* p) {
   return (Native<double>)_mm512_cvtps_pd(_mm256_loadu_ps(p));
-}
-BNEXT_INLINE Native<uint32_t> widen_u16(const void* p) {
-  return (Native<uint32_t>)_mm512_cvtepu16_epi32(load_native<__m256i>(p));
 }
 BNEXT_INLINE Native<float> widen_half(const void* p) {
   return (Native<float>)_mm512_cvtph_ps(load_native<__m256i>(p));
@@ -129,12 +126,22 @@ BNEXT_INLINE void store_native_streaming(void* p, V v) {
   }
 }
 template <class Store>
-BNEXT_INLINE void store_u16(void* p, const Lanes<uint32_t>& v, Store store_vector) {
-  store_vector(p, _mm512_cvtepi32_epi16((__m512i)v.part[0]));
-}
-template <class Store>
 BNEXT_INLINE void store_half(void* p, const Lanes<float>& v, Store store_vector) {
   store_vector(p, _mm512_cvtps_ph((__m512)v.part[0], _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+// Words to and from the upper halves of lanes: one permutation in place of a shift and a conversion.
+BNEXT_INLINE Lanes<float> load_bf16(const void* p) {
+  Native<uint16_t> spread;
+  for (int k = 0; k < 32; ++k) spread[k] = static_cast<uint16_t>(k / 2);
+  const __m512i words = _mm512_castsi256_si512(load_native<__m256i>(p));
+  return {{(Native<float>)_mm512_maskz_permutexvar_epi16(0xaaaaaaaa, (__m512i)spread, words)}};
+}
+template <class Store>
+BNEXT_INLINE void store_bf16(void* p, const Lanes<float>& v, Store store_vector) {
+  Native<uint16_t> upper;
+  for (int k = 0; k < 32; ++k) upper[k] = static_cast<uint16_t>(k % 16 * 2 + 1);
+  const __m512i rounded = (__m512i)round_bf16<Native<uint32_t>>(v.part[0]);
+  store_vector(p, _mm512_castsi512_si256(_mm512_permutexvar_epi16((__m512i)upper, rounded)));
 }
 
 #elif BNEXT_VECTOR_BYTES == 32
@@ -148,9 +155,6 @@ BNEXT_INLINE uint32_t lane_bits(Native<int64_t> v) {
 BNEXT_INLINE Native<double> widen_float(const float* p) {
   return (Native<double>)_mm256_cvtps_pd(_mm_loadu_ps(p));
 }
-BNEXT_INLINE Native<uint32_t> widen_u16(const void* p) {
-  return (Native<uint32_t>)_mm256_cvtepu16_epi32(load_native<__m128i>(p));
-}
 BNEXT_INLINE Native<float> widen_half(const void* p) {
   return (Native<float>)_mm256_cvtph_ps(load_native<__m128i>(p));
 }
@@ -158,10 +162,15 @@ template <class V>
 BNEXT_INLINE void store_native_streaming(void* p, V v) {
   _mm256_stream_si256(static_cast<__m256i*>(p), (__m256i)v);
 }
+// Even elements, then odd ones: a shift and a mask instead of instructions that cross lanes.
+BNEXT_INLINE Lanes<float> load_bf16(const void* p) {
+  const auto pairs = load_native<Native<uint32_t>>(p);
+  return {{(Native<float>)(pairs << 16), (Native<float>)(pairs & 0xffff0000u)}};
+}
 template <class Store>
-BNEXT_INLINE void store_u16(void* p, const Lanes<uint32_t>& v, Store store_vector) {
-  const __m256i packed = _mm256_packus_epi32((__m256i)v.part[0], (__m256i)v.part[1]);  // halves interleaved
-  store_vector(p, _mm256_permute4x64_epi64(packed, 0xd8));
+BNEXT_INLINE void store_bf16(void* p, const Lanes<float>& v, Store store_vector) {
+  const auto even = round_bf16<Native<uint32_t>>(v.part[0]), odd = round_bf16<Native<uint32_t>>(v.part[1]);
+  store_vector(p, (even >> 16) | (odd & 0xffff0000u));
 }
 template <class Store>
 BNEXT_INLINE void store_half(void* p, const Lanes<float>& v, Store store_vector) {
@@ -202,6 +211,18 @@ BNEXT_INLINE void store_u16(void* p, const Lanes<uint32_t>& v, Store store_vecto
     }
     store_vector(static_cast<char*>(p) + i * (kBytes / 2), packed);
   }
+}
+BNEXT_INLINE Lanes<float> load_bf16(const void* p) {
+  return generate<float>([&](auto i) __attribute__((always_inline)) {
+    return widen_bf16<Native<float>>(widen_u16(static_cast<const bf16*>(p) + i.value * Lanes<float>::kWidth));
+  });
+}
+template <class Store>
+BNEXT_INLINE void store_bf16(void* p, const Lanes<float>& v, Store store_vector) {
+  const auto bits = generate<uint32_t>([&](auto i) __attribute__((always_inline)) {
+    return round_bf16<Native<uint32_t>>(v.part[i.value]) >> 16;
+  });
+  store_u16(p, bits, store_vector);
 }
 template <class Store>
 BNEXT_INLINE void store_half(void* p, const Lanes<float>& v, Store store_vector) {

@@ -44,8 +44,8 @@ struct MomentsReducer {
   BNEXT_DEVICE Math center(int64_t c) const {
     const Extent& e = p.args.extent;
     const T* const x = static_cast<const T*>(p.args.x) + c * e.inner;
-    return static_cast<Math>(center_of(
-        [&](int k) { return widen(x[center_sample(e.outer, e.inner, e.channels * e.inner, k)]); }));
+    return static_cast<Math>(
+        center_of([&](int k) { return widen(x[center_sample(e.outer, e.inner, e.channels * e.inner, k)]); }));
   }
 
   // An element that adds nothing.
