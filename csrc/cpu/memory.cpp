@@ -21,14 +21,22 @@ constexpr size_t kHugePage = size_t{2} << 20;
 
 size_t round_up(size_t bytes) { return (bytes + kHugePage - 1) / kHugePage * kHugePage; }
 
+struct Block {
+  void* data;
+  bool hot;  // its pages were not offered to the system
+};
+
 struct Cache {
   std::mutex mutex;
-  std::map<size_t, std::vector<void*>> blocks;  // by rounded size
+  std::map<size_t, std::vector<Block>> blocks;  // by rounded size
   size_t bytes = 0;
-  size_t limit = 0;  // a quarter of the machine's memory
+  size_t hot_bytes = 0;
+  size_t limit = 0;      // a quarter of the machine's memory
+  size_t hot_limit = 0;  // a sixteenth
 
   Cache() {
     limit = static_cast<size_t>(sysconf(_SC_PHYS_PAGES)) * static_cast<size_t>(sysconf(_SC_PAGESIZE)) / 4;
+    hot_limit = limit / 4;
     // A child of fork must not find the mutex held by a thread that it does not have.
     pthread_atfork([] { cache().mutex.lock(); }, [] { cache().mutex.unlock(); },
                    [] { cache().mutex.unlock(); });
@@ -62,10 +70,11 @@ void* acquire_block(size_t bytes) noexcept {
     const std::lock_guard lock(cache.mutex);
     const auto found = cache.blocks.find(size);
     if (found != cache.blocks.end() && !found->second.empty()) {
-      void* data = found->second.back();
+      const Block block = found->second.back();
       found->second.pop_back();
       cache.bytes -= size;
-      return data;
+      if (block.hot) cache.hot_bytes -= size;
+      return block.data;
     }
   }
   void* data = map_block(size);
@@ -75,12 +84,14 @@ void* acquire_block(size_t bytes) noexcept {
 void release_block(void* data, size_t bytes) noexcept {
   const size_t size = round_up(bytes);
   Cache& cache = Cache::cache();
-  madvise(data, size, MADV_FREE);
   const std::lock_guard lock(cache.mutex);
   try {
     if (cache.bytes + size <= cache.limit) {
-      cache.blocks[size].push_back(data);
+      const bool hot = cache.hot_bytes + size <= cache.hot_limit;
+      if (!hot) madvise(data, size, MADV_FREE);
+      cache.blocks[size].push_back({data, hot});
       cache.bytes += size;
+      if (hot) cache.hot_bytes += size;
       return;
     }
   } catch (...) {  // no memory for the list
@@ -93,10 +104,10 @@ size_t empty_cache() noexcept {
   const std::lock_guard lock(cache.mutex);
   const size_t freed = cache.bytes;
   for (auto& [size, blocks] : cache.blocks) {
-    for (void* data : blocks) munmap(data, size);
+    for (const Block& block : blocks) munmap(block.data, size);
   }
   cache.blocks.clear();
-  cache.bytes = 0;
+  cache.bytes = cache.hot_bytes = 0;
   return freed;
 }
 
