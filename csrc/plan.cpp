@@ -13,8 +13,7 @@ constexpr int64_t kLongRun16Bit =
     128;                            // the same with 16-bit storage, where tails are small beside conversions
 constexpr int64_t kMappedRun = 32;  // and where nothing is summed: memory order is worth the tails
 constexpr int64_t kRunBytes = 8 << 10;  // contiguous bytes a slab should read per outer index: two pages
-constexpr int64_t kMapBytes =
-    1 << 20;  // the same where nothing is reduced, and memory order is the best order
+constexpr int64_t kMapBytes = 1 << 20;  // the same where nothing is reduced: memory order is best
 constexpr int64_t kColumnBytes =
     8 << 10;                             // narrowest column slab: narrower ones read at half the rate or less
 constexpr int64_t kLineBytes = 64;       // of a cache line, and of the widest vector
@@ -24,7 +23,7 @@ constexpr int64_t kSharedColumns =
 constexpr int64_t kFoldColumns = 128;         // rows narrower than this are folded
 constexpr int64_t kSerialElements = 1 << 15;  // below this a parallel region costs more than it saves
 constexpr int64_t kChunkElements = 1 << 16;   // smallest chunk worth its own partial sums
-constexpr int64_t kFewParts = 16;             // still balances
+constexpr int64_t kFewParts = 16;             // parts that still balance
 constexpr int64_t kMaxParts = 64;  // slabs * chunks aimed at: enough for any thread count to balance
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -50,6 +51,22 @@ def test_a_view_keeps_the_block() -> None:
 def test_small_outputs_are_torchs_own() -> None:
     output(SMALL)
     assert bnext.memory.cached_bytes() == 0
+
+
+def lazily_free() -> int:
+    """Kilobytes of this process that the system may take back."""
+    text = Path("/proc/self/smaps_rollup").read_text()
+    return next(int(line.split()[1]) for line in text.splitlines() if line.startswith("LazyFree"))
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="the system does not say")
+def test_few_freed_blocks_are_kept_as_they_are() -> None:
+    """To offer their pages to the system takes as long as the next call."""
+    before = lazily_free()
+    y = output()
+    del y
+    assert bnext.memory.cached_bytes() > 0
+    assert lazily_free() == before
 
 
 def test_empty_cache_says_how_much_it_gave_back() -> None:

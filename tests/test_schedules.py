@@ -69,6 +69,19 @@ def test_streaming_stores_are_among_the_cases() -> None:
     assert {plan.streaming_stores for plan in plans} == {True, False}
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(32, 512, 28, 28), (32, 1024, 14, 14), (32, 2048, 7, 7), (64, 3, 100, 30)])
+def test_inference_walks_memory_in_order(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Whole runs, side by side for a megabyte or to the end of the channels: nothing is summed that asks for less."""
+    plan = bnext.plan(shape, dtype, training=False)
+    assert (plan.traversal, plan.schedule) == ("planes", "map")
+    inner = shape[2] * shape[3]
+    assert plan.chunks <= shape[0]
+    side_by_side = plan.slab_channels * inner * dtype.itemsize
+    assert plan.slab_channels == shape[1] or side_by_side >= 1 << 20
+    assert plan.slabs * plan.chunks >= 8
+
+
 def channel_of(x: Tensor, channel: int) -> Tensor:
     return x.detach()[:, channel : channel + 1].contiguous()
 

@@ -71,26 +71,6 @@ BNEXT_INLINE Lanes<A> load(const T* p) {
   }
 }
 
-template <class Half, int... I>
-BNEXT_INLINE auto join(const Half& low, const Half& high, Indices<I...>) {
-  return __builtin_shufflevector(low, high, I...);
-}
-
-// Of another arithmetic type, as wide or half as wide.
-template <class To, class From>
-BNEXT_INLINE Lanes<To> to_lanes(const Lanes<From>& v) {
-  if constexpr (sizeof(To) == sizeof(From)) {
-    return v;
-  } else {
-    return generate<To>([&](auto i) __attribute__((always_inline)) {
-      using Half = Native<To, kBytes / 2>;
-      const Half low = __builtin_convertvector(v.part[2 * i.value], Half);
-      const Half high = __builtin_convertvector(v.part[2 * i.value + 1], Half);
-      return join(low, high, typename CountTo<Lanes<To>::kWidth>::type{});
-    });
-  }
-}
-
 struct VectorStore {
   bool streaming;
 

@@ -59,7 +59,7 @@ void run(const Plan& plan, Work& work) {
                 std::min(begin + plan.chunk_length, geometry.positions())};
   };
   auto call = [&](TileFunction function, const Tile& tile, Sums* sums) {
-    function(work.operands, geometry, tile, scratch(scratch_bytes(geometry, tile)), sums);
+    function(work.operands, geometry, tile, scratch(scratch_bytes(geometry, tile, sums != nullptr)), sums);
   };
 
   // Of all channels, shared out if they are many.

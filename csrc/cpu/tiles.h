@@ -89,10 +89,10 @@ inline SlopeClass slope_of(const BackwardArgs& args) {
 // The best one this machine supports.
 const InstructionSet& instruction_set();
 
-// Bytes of 64-byte aligned scratch a tile needs.
-inline int64_t scratch_bytes(const Geometry& geometry, const Tile& tile) {
+// Bytes of 64-byte aligned scratch that a reducer or a map of a tile needs.
+inline int64_t scratch_bytes(const Geometry& geometry, const Tile& tile, bool reduces) {
   if (geometry.traversal == Traversal::planes)
-    return tile.channels() * 2 * 16 * 8;  // two double sums per lane
+    return reduces ? tile.channels() * 2 * 16 * 8 : 0;  // two double sums per lane
   const int64_t columns = geometry.fold > 1 ? geometry.row_length() : tile.channels() * geometry.extent.inner;
   return (columns + 16) * kMaxCoefficients * 8;  // as many doubles per column as a map has coefficients
 }
