@@ -71,8 +71,8 @@ def batch_norm(
     a few numbers per channel it needs, with a residual, one bit per element for relu, leaky_relu and relu6, the
     residual for the other activations, and nothing without an activation.
 
-    Statistics and their fold are float64 for float32 and float64 input; 16-bit input is summed in float32 over a few
-    dozen elements, then in float64, and with an activation so are the gradients' sums of float32 (Ioffe & Szegedy,
+    Sums are float64 for float64 input. float32 input is summed in float32 over 8 elements, 16-bit input over a few
+    dozen, around a center near the mean, and then in float64, as is all that follows per channel (Ioffe & Szegedy,
     "Batch Normalization", 2015, algorithms 1 and 2).
 
     Args:

@@ -32,7 +32,7 @@ struct alignas(16) Sums {
 
 BNEXT_HOST_DEVICE double finite_or_zero(double value) { return std::isfinite(value) ? value : 0; }
 
-// Of three; a NaN or an infinity among them is not it. Comparisons rather than fmin and fmax: loops over
+// Of three; an infinity among them is not it, a NaN may be. Comparisons rather than fmin and fmax: loops over
 // channels become vectors.
 BNEXT_HOST_DEVICE double median_of(double a, double b, double c) {
   const double low = a < b ? a : b, high = a > b ? a : b;
@@ -74,10 +74,11 @@ BNEXT_HOST_DEVICE Moments moments_from_sums(double center, const Sums& sums, dou
   return {center + delta, m2 < 0 ? 0 : m2 * inverse_count};
 }
 
-// More than two standard deviations from the mean: m2 would cancel more than 4 parts in 5.
+// More than two standard deviations from the mean: m2 would cancel more than 4 parts in 5. Where squares are
+// too small for their type none is better.
 BNEXT_HOST_DEVICE bool center_is_bad(const Sums& sums, double count) {
   const double shift = sums.first * (sums.first / count);
-  return shift > 4 * (sums.second - shift);
+  return sums.second > 0 && shift > 4 * (sums.second - shift);
 }
 
 BNEXT_HOST_DEVICE double inverse_std(double var, double eps) { return 1.0 / std::sqrt(var + eps); }

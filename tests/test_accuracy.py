@@ -6,6 +6,8 @@ torch itself reaches 1.8e-3 (contiguous) and 6.2 (channels_last) at mean 1e5, an
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -127,17 +129,32 @@ def test_constant_input_gives_the_bias(
 LONG = {"nc": (4099, 5), "ncl": (64, 5, 65), "nchw": (16, 5, 17, 16), "nhwc": (16, 5, 17, 16)}
 
 
+# Two of the samples of each of two of the three triples whose medians' median is the center, formulas.h.
+MISLED = (0, 1, 3, 4)
+
+
+def looked_at(shape: tuple[int, ...], layout: str, sample: int) -> tuple[int, ...]:
+    """Where in a channel the sample is taken from: its index without that of the channel."""
+    n, _, *space = shape
+    inner = 1 if layout in ("nc", "nhwc") else math.prod(space)
+    outer = n * math.prod(space) // inner
+    position = outer * (2 * sample + 1) // 18 * inner + inner * (4 * sample % 9) // 9
+    return tuple(map(int, np.unravel_index(position, (n, *space))))
+
+
 @pytest.mark.parametrize("outlier", [1e3, 3e4])
 @pytest.mark.parametrize("dtypes", [FLOAT32, FLOAT64, BFLOAT16_WITH_FLOAT32, FLOAT16_WITH_FLOAT32], ids=str)
 @pytest.mark.parametrize("layout", LONG)
-def test_outlier_in_first_place(layout: str, dtypes: Dtypes, outlier: float, device: str) -> None:
-    """A centre taken from the first element is then a bad one: the bounds hold all the same, and the other channels
-    have the bits they had.
-    """
+def test_outliers_where_the_center_is_looked_for(
+    layout: str, dtypes: Dtypes, outlier: float, device: str
+) -> None:
+    """The center is then a bad one: the bounds hold all the same, and the other channels have the bits they had."""
     problem = make(LONG[layout], LAYOUT[layout], dtypes, TRAIN, device=device)
     plain = problem.forward()
     problem = make(LONG[layout], LAYOUT[layout], dtypes, TRAIN, device=device)
-    problem.x[(0,) * problem.x.dim()] = outlier
+    for sample in MISLED:
+        n, *space = looked_at(LONG[layout], layout, sample)
+        problem.x[(n, 0, *space)] = outlier
     problem.require_grad()
     y = problem.forward()
     assert torch.equal(y[:, 1:], plain[:, 1:])
@@ -190,10 +207,11 @@ def test_scale_of_the_input(scale: float, layout: str, device: str) -> None:
 
 @pytest.mark.parametrize("dtypes", [FLOAT32, BFLOAT16_WITH_FLOAT32], ids=str)
 @pytest.mark.parametrize("layout", ["nchw", "nhwc"])
-def test_squares_beyond_float32(layout: str, dtypes: Dtypes) -> None:
-    """Values of 1e25, which float32 and bfloat16 hold: y as of any others."""
+@pytest.mark.parametrize("scale", [1e25, 2e37])
+def test_squares_beyond_float32(layout: str, dtypes: Dtypes, scale: float) -> None:
+    """Of values that float32 and bfloat16 hold, sums over a batch in the end too: y on the CPU as of any others."""
     problem = make((4, 5, 9, 9), LAYOUT[layout], dtypes, TRAIN)
-    problem.x[:, 1:3] *= 1e25
+    problem.x[:, 1:3] *= scale
     problem.running_var = None
     problem.running_mean = None
     problem.check_output(problem.forward())

@@ -236,10 +236,9 @@ def test_selections_cost_no_bit(
     layout: str, shape: tuple[int, ...], dtypes: Dtypes, mode: Mode, active: Active, device: str
 ) -> None:
     """They commute with rounding: the same bits as behind our layer, gradients of relu included. (relu6's slope is not
-    that of the stored z where that is rounded up to 6.) Sums over dz are float32 where sums over dy are float64: in
-    float32 the gradients that come from them are left out.
+    that of the stored z where that is rounded up to 6.)
     """
-    exact = 1 if active == RELU6 else 4 if dtypes != FLOAT32 else 1 if mode.batch else 2
+    exact = 1 if active == RELU6 else 4
     results = []
     for fused in (True, False):
         problem = make_active(active, shape, LAYOUT[layout], dtypes, mode, device=device)

@@ -69,6 +69,16 @@ def test_few_freed_blocks_are_kept_as_they_are() -> None:
     assert lazily_free() == before
 
 
+@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="the system does not say")
+def test_the_others_are_offered_to_the_system() -> None:
+    """More than a quarter of the limit."""
+    bnext.memory.set_limit(2 * BLOCK)
+    before = lazily_free()
+    y = output()
+    del y
+    assert lazily_free() > before
+
+
 def test_empty_cache_says_how_much_it_gave_back() -> None:
     output()
     assert bnext.memory.empty_cache() == BLOCK

@@ -29,8 +29,9 @@ Array = NDArray[np.float64]
 MEAN = 8
 CHAIN = 4
 # Roundings on the way from x to y or dx: deviation, factors of the channel, products, sums. In float64 the variance
-# adds to them: it is summed around a centre up to four standard deviations off the mean, of which M2 = sum - n * d^2
-# cancels 16 parts in 17. (The sums of smaller types are float64, which has digits to spare.)
+# adds to them: it is summed around a centre up to two standard deviations off the mean, of which M2 = sum - n * d^2
+# cancels 4 parts in 5. (Smaller types are summed in float32 over a batch and in float64 over batches: what is lost in
+# a batch is one of many, as CHAIN has it.)
 ROUNDINGS = {torch.float32: 6, torch.float64: 32}
 
 
@@ -144,7 +145,7 @@ def weight_grad(
     lost = 4 * unit(torch.float64) * np.abs(mean * invstd) * shift
     carried = _product_error(dy, dy_error, xhat, xhat_error).sum(axes)
     if dtype == torch.float64:
-        # The variance, as in ROUNDINGS, and the mean; those of smaller types are better known than they are.
+        # The variance, as in ROUNDINGS, and the mean; those of smaller types are folded in float64.
         variance = ROUNDINGS[torch.float64] - ROUNDINGS[torch.float32]
         lost = lost + unit(dtype) * (variance * np.abs(dweight) + MEAN * np.abs(dy.sum(axes)))
     return _stored(dweight, stored) + unit(arithmetic(dtype)) * CHAIN * terms + lost + carried

@@ -98,8 +98,9 @@ struct ForwardWork {
     });
   }
 
-  // Squares of finite values beyond the arithmetic type: float32's end at 1.8e19.
-  static bool overflowed(const Sums& sums) { return std::isinf(sums.second) && std::isfinite(sums.first); }
+  // Squares, and then perhaps sums, beyond the arithmetic type: float32's end at 1.8e19. True of infinite
+  // input too, whose sums in double are as infinite.
+  static bool overflowed(const Sums& sums) { return sizeof(A) < sizeof(double) && std::isinf(sums.second); }
 
   Sums sums_in_double(int64_t c) const {
     const Extent& e = args.extent;

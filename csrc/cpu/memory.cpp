@@ -1,6 +1,7 @@
 // Free blocks by size, most recently used first.
 #include "cpu/memory.h"
 
+#include <algorithm>
 #include <cstdint>
 #include <map>
 #include <mutex>
@@ -18,6 +19,7 @@ namespace bnext::cpu {
 namespace {
 
 constexpr size_t kHugePage = size_t{2} << 20;
+constexpr size_t kMostHotBytes = size_t{512} << 20;
 
 size_t round_up(size_t bytes) { return (bytes + kHugePage - 1) / kHugePage * kHugePage; }
 
@@ -31,16 +33,17 @@ struct Cache {
   std::map<size_t, std::vector<Block>> blocks;  // by rounded size
   size_t bytes = 0;
   size_t hot_bytes = 0;
-  size_t limit = 0;      // a quarter of the machine's memory
-  size_t hot_limit = 0;  // a sixteenth
+  size_t limit = 0;  // a quarter of the machine's memory
 
   Cache() {
     limit = static_cast<size_t>(sysconf(_SC_PHYS_PAGES)) * static_cast<size_t>(sysconf(_SC_PAGESIZE)) / 4;
-    hot_limit = limit / 4;
     // A child of fork must not find the mutex held by a thread that it does not have.
     pthread_atfork([] { cache().mutex.lock(); }, [] { cache().mutex.unlock(); },
                    [] { cache().mutex.unlock(); });
   }
+
+  bool fits(size_t size) const { return bytes + size <= limit; }
+  bool stays_hot(size_t size) const { return hot_bytes + size <= std::min(limit / 4, kMostHotBytes); }
 
   // Never destroyed: tensors may outlive every static object.
   static Cache& cache() {
@@ -84,11 +87,15 @@ void* acquire_block(size_t bytes) noexcept {
 void release_block(void* data, size_t bytes) noexcept {
   const size_t size = round_up(bytes);
   Cache& cache = Cache::cache();
+  bool hot;
+  {
+    const std::lock_guard lock(cache.mutex);
+    hot = cache.stays_hot(size);
+  }
+  if (!hot) madvise(data, size, MADV_FREE);  // not under the lock: it takes a while
   const std::lock_guard lock(cache.mutex);
   try {
-    if (cache.bytes + size <= cache.limit) {
-      const bool hot = cache.hot_bytes + size <= cache.hot_limit;
-      if (!hot) madvise(data, size, MADV_FREE);
+    if (cache.fits(size)) {
       cache.blocks[size].push_back({data, hot});
       cache.bytes += size;
       if (hot) cache.hot_bytes += size;

@@ -1,10 +1,10 @@
 // Memory for large new tensors: huge pages, and kept for the next tensor of the size.
 //
 // Memory fresh from the system faults at every first touch and is zeroed there, which costs as much as
-// normalizing it. A training step asks for the same sizes again and again, so freed blocks are kept. Up to a
-// sixteenth of the machine's memory they are kept as they are. Beyond that the system may take their pages
-// back while they are unused (MADV_FREE), which costs nobody anything under memory pressure, but 10
-// microseconds a megabyte each time: two thirds of what normalizing it takes.
+// normalizing it. A training step asks for the same sizes again and again, so freed blocks are kept: a
+// quarter of what may be kept, at most 512 MB, as they are, the others so that the system may take their
+// pages back while they are unused (MADV_FREE). That costs nobody anything under memory pressure, but 10
+// microseconds a megabyte each time, two thirds of what normalizing it takes.
 #pragma once
 
 #include <cstddef>

@@ -127,10 +127,11 @@ struct Gradient {
   }
 
   // c: center, then with kFromInput scale and offset of z.
-  template <class Span, class A>
-  BNEXT_INLINE void load(Lanes<A>& dz, Lanes<A>& value, int64_t offset, const Lanes<A>* c, Span span) const {
-    dz = span.template load_lanes<A>(dy + offset);
-    value = span.template load_lanes<A>(x + offset);
+  template <class Span>
+  BNEXT_INLINE void load(Lanes<Math>& dz, Lanes<Math>& value, int64_t offset, const Lanes<Math>* c,
+                         Span span) const {
+    dz = span.template load_lanes<Math>(dy + offset);
+    value = span.template load_lanes<Math>(x + offset);
     if constexpr (Slope::kFromInput) {
       slope.apply(span, offset, dz, normalize(value, c[0], c[1], c[2]));
     } else if constexpr (Slope::kActive) {
@@ -162,7 +163,7 @@ struct GradSumsReducer {
   BNEXT_INLINE static Math coefficient(const Operands& operands, int k, int64_t channel) {
     if (k == 0) return static_cast<Math>(operands.center[channel]);
     const void* const values = operands.coefficients[k == kScale ? 0 : k + 1];
-    return static_cast<Math>(static_cast<const opmath_t<T>*>(values)[channel]);
+    return static_cast<const Math*>(values)[channel];
   }
   BNEXT_INLINE void prefetch(int64_t offset) const { gradient.prefetch(offset); }
 
