@@ -107,13 +107,12 @@ class Active:
         return self.activation if given is None else f"{self.activation}-{given:g}"
 
     def of(self, z: Tensor) -> Tensor:
-        """torch's own; of an infinity in float64: torch's float32 gelu(inf) is NaN with AVX-512, inf elsewhere."""
+        """torch's own, in float64 where an infinity gives NaN: float32's gelu(inf) does so with AVX-512."""
         function = getattr(torch.nn.functional, self.activation)
         given = () if self.activation_param is None else (self.activation_param,)
         result: Tensor = function(z, *given)
-        if z.isfinite().all():
-            return result
-        return torch.where(z.isinf(), function(z.double(), *given).to(z.dtype), result)
+        odd = z.isinf() & result.isnan()
+        return torch.where(odd, function(z.double(), *given).to(z.dtype), result) if odd.any() else result
 
 
 # Every one, and the two parameters: a slope above one, and an alpha that leaves a kink at zero.
