@@ -1,9 +1,9 @@
 """The memory of large outputs on the CPU: freed blocks are kept for the next tensor of the size.
 
 Memory fresh from the system costs as much as normalizing it: every page faults at its first touch. Outputs and input
-gradients of 2 MB and more therefore come from blocks of huge pages that are used again. A quarter of what
-may be kept, at most 512 MB, is kept as it is. The system may take back the pages of other blocks that nobody uses
-(MADV_FREE), though tools may go on counting them as the process's own.
+gradients of 2 MB and more therefore come from blocks of huge pages that are used again. A quarter of what may be kept,
+at most 512 MB, is kept as it is. The system may take back the pages of other blocks that nobody uses (MADV_FREE),
+though tools may go on counting them as the process's own.
 """
 
 from operator import index

@@ -53,13 +53,17 @@ def test_small_outputs_are_torchs_own() -> None:
     assert bnext.memory.cached_bytes() == 0
 
 
+MAPS = Path("/proc/self/smaps_rollup")
+tells_lazily_free = pytest.mark.skipif(not MAPS.exists(), reason=f"{MAPS} is of Linux 4.14 and later")
+
+
 def lazily_free() -> int:
     """Kilobytes of this process that the system may take back."""
-    text = Path("/proc/self/smaps_rollup").read_text()
+    text = MAPS.read_text()
     return next(int(line.split()[1]) for line in text.splitlines() if line.startswith("LazyFree"))
 
 
-@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="the system does not say")
+@tells_lazily_free
 def test_few_freed_blocks_are_kept_as_they_are() -> None:
     """To offer their pages to the system takes as long as the next call."""
     before = lazily_free()
@@ -69,7 +73,7 @@ def test_few_freed_blocks_are_kept_as_they_are() -> None:
     assert lazily_free() == before
 
 
-@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="the system does not say")
+@tells_lazily_free
 def test_the_others_are_offered_to_the_system() -> None:
     """More than a quarter of the limit."""
     bnext.memory.set_limit(2 * BLOCK)

@@ -110,8 +110,10 @@ struct ForwardWork {
       for (int64_t i = 0; i < e.inner; i += kFoldChannels) {
         const int64_t n = std::min(kFoldChannels, e.inner - i);
         read_channels(args.x, args.dtype, (outer * e.channels + c) * e.inner + i, 1, n, values);
-        for (int64_t k = 0; k < n; ++k)
-          sums += {values[k] - center[c], (values[k] - center[c]) * (values[k] - center[c])};
+        for (int64_t k = 0; k < n; ++k) {
+          const double d = values[k] - center[c];
+          sums += {d, d * d};
+        }
       }
     }
     return sums;

@@ -5,8 +5,8 @@
 // columns are (outer fold, channel, inner) elements; reducers keep a double sum per column. Maps walk from
 // the end to the beginning: what the reduce read last is still in cache.
 
-constexpr int kPanel = kBytes == 64 ? 4 : 2;  // strips of sixteen columns that a reducer sums in registers
-constexpr int64_t kNearColumns = 1024;        // whose coefficients stay in the L1 cache, for as many rows
+constexpr int kPanel = kBytes / 16;     // strips of sixteen columns that a reducer sums in registers
+constexpr int64_t kNearColumns = 1024;  // whose coefficients stay in the L1 cache, for as many rows
 constexpr int64_t kNearRows = 16;
 constexpr int64_t kJumpBytes = 16 << 10;  // of a slab per outer index; longer runs are left to the hardware
 constexpr int64_t kStretchBytes = 512 << 10;  // ascending part of a descending walk
