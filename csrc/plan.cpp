@@ -12,8 +12,8 @@ constexpr int64_t kShortRun = 64;  // elements: shorter planes lose too much to 
 constexpr int64_t kLongRun16Bit =
     128;                            // the same with 16-bit storage, where tails are small beside conversions
 constexpr int64_t kMappedRun = 32;  // and where nothing is summed: memory order is worth the tails
-constexpr int64_t kRunBytes = 8 << 10;  // contiguous bytes a slab should read per outer index: two pages
-constexpr int64_t kMapBytes = 1 << 20;  // the same where nothing is reduced: memory order is best
+constexpr int64_t kRunBytes = 16 << 10;  // contiguous bytes a slab should read per outer index: four pages
+constexpr int64_t kMapBytes = 1 << 20;   // the same where nothing is reduced: memory order is best
 constexpr int64_t kColumnBytes =
     8 << 10;                             // narrowest column slab: narrower ones read at half the rate or less
 constexpr int64_t kLineBytes = 64;       // of a cache line, and of the widest vector
@@ -155,7 +155,10 @@ Plan make_plan(const Problem& problem, const Machine& machine) {
 
   // Past the cache only what would not stay there: the call's tensors together fill it. Whole lines only: a
   // line that is half streamed, half cached costs several times what streaming saves.
-  const int64_t run = plan.geometry.traversal == Traversal::planes ? e.inner : plan.geometry.row_length();
+  const bool no_tails = e.inner % kLanes == 0 && e.channels * e.inner * element % kLineBytes == 0;
+  const int64_t run = plan.geometry.traversal == Traversal::rows ? plan.geometry.row_length()
+                      : no_tails                                 ? plan.slab_channels * e.inner
+                                                                 : e.inner;
   plan.streaming_stores = machine.shared_cache > 0 && run * element % kLineBytes == 0 &&
                           plan.bytes_minimum >= machine.shared_cache;
   return plan;

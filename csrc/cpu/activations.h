@@ -82,16 +82,21 @@ struct Called {
 
 // ---- backward: dy to dz ----
 // kFromInput: apply(span, offset, dy, z), z = normalize(x). Else, with kActive, apply(span, offset, dy, x),
-// which may put something in the place of x. kResidual: dz may be stored as dresidual.
+// which may put something in the place of x. kResidual: dz may be stored as dresidual. fetch_at: what is read
+// besides dy and x.
+
+struct ReadsNoMore {
+  BNEXT_INLINE void fetch_at(int64_t) const {}
+};
 
 template <class T>
-struct LinearSlope {
+struct LinearSlope : ReadsNoMore {
   static constexpr bool kActive = false, kFromInput = false, kResidual = false;
   explicit LinearSlope(const Operands&) {}
 };
 
 template <class T>
-struct ReluSlope {
+struct ReluSlope : ReadsNoMore {
   using A = opmath_t<T>;
   static constexpr bool kActive = true, kFromInput = true, kResidual = false;
 
@@ -114,6 +119,9 @@ struct CalledSlope {
       : kind(operands.activation.kind),
         param(static_cast<A>(operands.activation.param)),
         residual(static_cast<const T*>(operands.residual)) {}
+  BNEXT_INLINE void fetch_at(int64_t offset) const {
+    if constexpr (Residual) fetch(residual + offset);
+  }
   template <class Span>
   BNEXT_INLINE void apply(Span span, int64_t offset, Lanes<A>& dy, Lanes<A> z) const {
     if constexpr (Residual) z = z + span.template load_lanes<A>(residual + offset);
@@ -122,7 +130,7 @@ struct CalledSlope {
 };
 
 template <class T, bool Leaky>
-struct MaskSlope {
+struct MaskSlope : ReadsNoMore {
   using A = opmath_t<T>;
   static constexpr bool kActive = true, kFromInput = false, kResidual = true;
   const void* mask;
@@ -140,7 +148,7 @@ struct MaskSlope {
 };
 
 template <class T>
-struct OutputSlope {
+struct OutputSlope : ReadsNoMore {
   using A = opmath_t<T>;
   static constexpr bool kActive = true, kFromInput = false, kResidual = false;
   Activation kind;

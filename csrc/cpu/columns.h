@@ -43,6 +43,11 @@ struct Columns {
     return row < whole_rows ? count : e.numel() - whole_rows * row_length;
   }
 
+  // Elements on to what a walk over rows comes to after `elements` of the tile.
+  BNEXT_INLINE int64_t fetch_distance(int64_t elements) const {
+    return count < row_length ? (elements + count - 1) / count * row_length : elements;
+  }
+
   // column[j] = of(channel of j)
   template <class A, class F>
   BNEXT_INLINE void expand(A* column, F of) const {

@@ -71,6 +71,10 @@ BNEXT_INLINE Lanes<A> load(const T* p) {
   }
 }
 
+// Into the L2 cache, by the hint that names it: on Zen 4 a fetch into L1 waits for the few misses that L1 can
+// have under way, and memory gives half of what it could.
+BNEXT_INLINE void fetch(const void* p) { __builtin_prefetch(p, 0, 2); }
+
 struct VectorStore {
   bool streaming;
 

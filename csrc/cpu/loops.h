@@ -8,7 +8,9 @@
 constexpr int kPanel = kBytes / 16;     // strips of sixteen columns that a reducer sums in registers
 constexpr int64_t kNearColumns = 1024;  // whose coefficients stay in the L1 cache, for as many rows
 constexpr int64_t kNearRows = 16;
-constexpr int64_t kJumpBytes = 16 << 10;  // of a slab per outer index; longer runs are left to the hardware
+constexpr int64_t kFetchBytes = 16 << 10;  // fetched ahead of a walk in memory order: the L2 cache holds more
+constexpr int64_t kJumpBytes =
+    64 << 10;  // fetched ahead where a slab leaves memory order: up to so much at once
 constexpr int64_t kStretchBytes = 512 << 10;  // ascending part of a descending walk
 
 template <class A>
@@ -47,12 +49,14 @@ BNEXT_INLINE void for_each_run(const Extent& e, const Tile& tile, F f) {
   }
 }
 
-// Elements from one outer index to the next where a slab leaves memory order after a few pages, so that what
-// it comes to next has to be fetched by hand; else 0.
+// Elements on to what an ascending (1) or descending (-1) walk over outer indices should fetch. Where a slab
+// leaves memory order after a few pages, that lies an outer index on.
 template <class T>
-BNEXT_INLINE int64_t jump(const Extent& e, const Tile& tile) {
-  const int64_t run_bytes = tile.channels() * e.inner * static_cast<int64_t>(sizeof(T));
-  return tile.channels() < e.channels && run_bytes <= kJumpBytes ? e.channels * e.inner : 0;
+BNEXT_INLINE int64_t fetch_distance(const Extent& e, const Tile& tile, int direction) {
+  constexpr int64_t size = sizeof(T);
+  if (tile.channels() < e.channels && tile.channels() * e.inner * size <= kJumpBytes)
+    return direction * e.channels * e.inner;
+  return kFetchBytes / size;
 }
 
 // f(span) for the elements from i on, fewer than sixteen, of a run of `length` at `offset`. Written over its
@@ -75,7 +79,7 @@ void reduce_planes(const Operands& operands, const Geometry& geometry, const Til
   const Extent e = geometry.extent;
   const int64_t numel = e.numel();
   double* lanes = static_cast<double*>(scratch);  // [channel][2][kLanes]
-  const int64_t ahead = jump<Storage>(e, tile);
+  const int64_t ahead = fetch_distance<Storage>(e, tile, 1);
   for (int64_t k = 0; k < tile.channels() * 2 * kLanes; ++k) lanes[k] = 0;
 
   for_each_run<false>(
@@ -90,7 +94,7 @@ void reduce_planes(const Operands& operands, const Geometry& geometry, const Til
         auto batch = [&](int64_t vectors) __attribute__((always_inline)) {
           LaneSums<Math> even{}, odd{};
           auto step = [&](LaneSums<Math>& to) __attribute__((always_inline)) {
-            reducer.prefetch(offset + i + ahead);
+            reducer.fetch_at(offset + i + ahead);
             reducer.step(to, offset + i, c, Full{});
             i += kLanes;
           };
@@ -128,7 +132,8 @@ void map_planes(const Operands& operands, const Geometry& geometry, const Tile& 
   typename Map::Bits bits(operands.mask);
   const Extent e = geometry.extent;
   const bool in_place = operands.out == operands.x;
-  const int64_t numel = e.numel(), ahead = -jump<typename Map::Storage>(e, tile);
+  const int64_t numel = e.numel(), mapped = fetch_distance<typename Map::Storage>(e, tile, -1);
+  const int64_t reduced = tile.ahead != 0 ? tile.ahead : mapped;
   for_each_run<true>(
       e, tile, [&](int64_t channel, int64_t offset, int64_t length) __attribute__((always_inline)) {
         const auto c = coefficients_from<Math>(
@@ -139,7 +144,7 @@ void map_planes(const Operands& operands, const Geometry& geometry, const Tile& 
         int64_t i = 0;
         bits.seek(offset);
         for (; i + kLanes <= length; i += kLanes) {
-          map.prefetch(offset + i + ahead);
+          map.fetch_at(offset + i + reduced, offset + i + mapped);
           map.step(bits, offset + i, c, Full{});
         }
         if (i < length)
@@ -168,6 +173,10 @@ void reduce_rows(const Operands& operands, const Geometry& geometry, const Tile&
   columns.lay_out<Storage>(
       expanded, kCount, [&](int k, int64_t channel) { return Reducer::coefficient(operands, k, channel); });
 
+  // Strips whose first element begins a line, and what a tile narrower than the rows comes to after
+  // kFetchBytes.
+  constexpr int kStripsPerLine = sizeof(Storage) < 4 ? 2 : 1;
+  const int64_t ahead = columns.fetch_distance(kFetchBytes / static_cast<int64_t>(sizeof(Storage)));
   // `count` rows, a panel of columns at a time whose sums stay in registers. Lanes past the last column go
   // into padding that nobody reads.
   auto rows = [&](int64_t row, int64_t count, int64_t width) __attribute__((always_inline)) {
@@ -182,6 +191,7 @@ void reduce_rows(const Operands& operands, const Geometry& geometry, const Tile&
       LaneSums<Math> local[sizeof...(P)] = {};
       for (int64_t r = 0; r < count; ++r) {
         const int64_t at = offset + j + r * columns.row_length;
+        ((P % kStripsPerLine == 0 ? reducer.fetch_at(at + P * kLanes + ahead) : void()), ...);
         (reducer.step(local[P], at + P * kLanes, c[P], span), ...);
       }
       (add_to<Storage>(first + j + P * kLanes, second + j + P * kLanes, local[P]), ...);
@@ -217,6 +227,9 @@ void map_rows(const Operands& operands, const Geometry& geometry, const Tile& ti
     return static_cast<const Math*>(operands.coefficients[k])[channel];
   });
 
+  const int64_t mapped =
+      columns.fetch_distance(kFetchBytes / static_cast<int64_t>(sizeof(typename Map::Storage)));
+  const int64_t reduced = tile.ahead != 0 ? tile.ahead : mapped;
   // Columns [j, end) of a row.
   auto walk = [&](int64_t row, int64_t j, int64_t end) __attribute__((always_inline)) {
     const int64_t offset = row * columns.row_length + columns.begin;
@@ -225,6 +238,7 @@ void map_rows(const Operands& operands, const Geometry& geometry, const Tile& ti
       const auto c = coefficients_from<Math>(
           [&](int k) __attribute__((always_inline)) { return load<Math>(expanded + k * stride + j); },
           typename CountTo<kCount>::type{});
+      map.fetch_at(offset + j + reduced, offset + j + mapped);
       map.step(bits, offset + j, c, span);
     };
     for (; j + kLanes <= end; j += kLanes) step(Full{});

@@ -90,7 +90,7 @@ struct MomentsReducer {
   BNEXT_INLINE static Math coefficient(const Operands& operands, int, int64_t channel) {
     return static_cast<Math>(operands.center[channel]);
   }
-  BNEXT_INLINE void prefetch(int64_t offset) const { __builtin_prefetch(x + offset); }
+  BNEXT_INLINE void fetch_at(int64_t offset) const { fetch(x + offset); }
 
   template <class Span>
   BNEXT_INLINE void step(LaneSums<Math>& sums, int64_t offset, const Coefficients<Math, 1>& c,
@@ -121,9 +121,10 @@ struct Gradient {
         streaming(operands.streaming_stores),
         slope(operands) {}
 
-  BNEXT_INLINE void prefetch(int64_t offset) const {
-    __builtin_prefetch(x + offset);
-    __builtin_prefetch(dy + offset);
+  BNEXT_INLINE void fetch_at(int64_t offset) const {
+    fetch(x + offset);
+    fetch(dy + offset);
+    slope.fetch_at(offset);
   }
 
   // c: center, then with kFromInput scale and offset of z.
@@ -165,7 +166,7 @@ struct GradSumsReducer {
     const void* const values = operands.coefficients[k == kScale ? 0 : k + 1];
     return static_cast<const Math*>(values)[channel];
   }
-  BNEXT_INLINE void prefetch(int64_t offset) const { gradient.prefetch(offset); }
+  BNEXT_INLINE void fetch_at(int64_t offset) const { gradient.fetch_at(offset); }
 
   template <class Span>
   BNEXT_INLINE void step(LaneSums<Math>& sums, int64_t offset, const Coefficients<Math, kCoefficients>& c,
@@ -183,7 +184,8 @@ struct GradSumsReducer {
 };
 
 // ---- maps ----
-// Bits writes what a map has of a mask; seek(offset) comes before the steps of a run.
+// Bits writes what a map has of a mask; seek(offset) comes before the steps of a run. fetch_at(reduced,
+// mapped): what a reducer reads, at one offset; what the map alone reads, at the other.
 
 template <class T, class Act, bool Added>
 struct NormalizeMap {
@@ -204,9 +206,9 @@ struct NormalizeMap {
         streaming(operands.streaming_stores),
         act(operands) {}
 
-  BNEXT_INLINE void prefetch(int64_t offset) const {
-    __builtin_prefetch(x + offset);
-    if constexpr (Added) __builtin_prefetch(residual + offset);
+  BNEXT_INLINE void fetch_at(int64_t reduced, int64_t mapped) const {
+    fetch(x + reduced);
+    if constexpr (Added) fetch(residual + mapped);
   }
 
   template <class Span>
@@ -232,7 +234,7 @@ struct InputGradMap {
 
   explicit InputGradMap(const Operands& operands) : gradient(operands) {}
 
-  BNEXT_INLINE void prefetch(int64_t offset) const { gradient.prefetch(offset); }
+  BNEXT_INLINE void fetch_at(int64_t reduced, int64_t) const { gradient.fetch_at(reduced); }
 
   template <class Span>
   BNEXT_INLINE void step(Bits&, int64_t offset, const Coefficients<Math, kCoefficients>& c, Span span) const {
@@ -258,7 +260,7 @@ struct ScaleMap {
         dx(static_cast<T*>(operands.out)),
         streaming(operands.streaming_stores) {}
 
-  BNEXT_INLINE void prefetch(int64_t offset) const { __builtin_prefetch(dy + offset); }
+  BNEXT_INLINE void fetch_at(int64_t, int64_t mapped) const { fetch(dy + mapped); }
 
   template <class Span>
   BNEXT_INLINE void step(Bits&, int64_t offset, const Coefficients<Math, 1>& c, Span span) const {

@@ -16,17 +16,22 @@ namespace bnext::cpu {
 // Channels from which on a fold is shared out over threads, so many a task.
 constexpr int64_t kSharedFold = 4096;
 
+// f(begin, end), each thread its range of [0, count).
+template <class F>
+void for_each_range(int threads, int64_t count, F f) {
+  if (threads <= 1) {
+    f(int64_t{0}, count);
+  } else {
+    at::parallel_for(0, count, 1, f);
+  }
+}
+
 // f(index) for [0, count), each thread its range in ascending or descending order.
 template <bool Descending = false, class F>
 void for_each_task(int threads, int64_t count, F f) {
-  auto range = [&](int64_t begin, int64_t end) {
+  for_each_range(threads, count, [&](int64_t begin, int64_t end) {
     for (int64_t k = 0; k < end - begin; ++k) f(Descending ? end - 1 - k : begin + k);
-  };
-  if (threads <= 1) {
-    range(0, count);
-  } else {
-    at::parallel_for(0, count, 1, range);
-  }
+  });
 }
 
 // This thread's scratch memory; grows, is never shrunk, and is bounded by the tile sizes of plan.cpp.
@@ -99,7 +104,7 @@ void run(const Plan& plan, Work& work) {
   }
 
   if (work.reduce != nullptr) {
-    for_each_task(plan.threads, plan.slabs, [&](int64_t slab) {
+    auto finish = [&](int64_t slab, bool last) {
       const Tile whole = tile_at(slab, 0);
       std::vector<Sums> sums(whole.channels()), part(plan.chunks > 1 ? whole.channels() : 0);
       work.prepare(whole.channel_begin, whole.channel_end);
@@ -116,7 +121,14 @@ void run(const Plan& plan, Work& work) {
       if (work.recenter(whole.channel_begin, whole.channel_end, sums.data())) reduce();
       work.fold(whole.channel_begin, whole.channel_end, sums.data());
       if (work.map == nullptr) return;
-      for (int64_t chunk = plan.chunks; chunk-- > 0;) call(work.map, tile_at(slab, chunk), nullptr);
+      for (int64_t chunk = plan.chunks; chunk-- > 0;) {
+        Tile tile = tile_at(slab, chunk);
+        if (!last) tile.ahead = plan.slab_channels * geometry.extent.inner;
+        call(work.map, tile, nullptr);
+      }
+    };
+    for_each_range(plan.threads, plan.slabs, [&](int64_t begin, int64_t end) {
+      for (int64_t slab = begin; slab < end; ++slab) finish(slab, slab + 1 == end);
     });
     return;
   }

@@ -10,10 +10,12 @@
 
 namespace bnext::cpu {
 
-// Channels [channel_begin, channel_end), positions [begin, end) of them.
+// Channels [channel_begin, channel_end), positions [begin, end) of them. ahead: elements on to what the
+// thread reduces after this tile, for maps to fetch meanwhile; 0 where nothing follows.
 struct Tile {
   int64_t channel_begin = 0, channel_end = 0;
   int64_t begin = 0, end = 0;
+  int64_t ahead = 0;
 
   constexpr int64_t channels() const { return channel_end - channel_begin; }
 };
