@@ -38,6 +38,17 @@ int64_t gcd(int64_t a, int64_t b) {
   return a;
 }
 
+// Of the multiples of `unit` up to `most` and down to half of it the one that leaves the busiest thread the
+// fewest channels; the widest of several.
+int64_t balanced(int64_t most, int64_t unit, int64_t channels, int64_t threads) {
+  const auto share = [&](int64_t width) { return ceil_div(ceil_div(channels, width), threads) * width; };
+  int64_t best = most;
+  for (int64_t width = most - unit; 2 * width >= most && width > 0; width -= unit) {
+    if (share(width) < share(best)) best = width;
+  }
+  return best;
+}
+
 Geometry make_geometry(const Extent& extent, Dtype dtype, bool maps_only) {
   Geometry geometry{one_run_if_one_channel(extent)};
   const Extent& e = geometry.extent;
@@ -93,11 +104,17 @@ Plan make_plan(const Problem& problem, const Machine& machine) {
   const int64_t channel_bytes = e.count() * element * kept;
   bool fits = true;
   if (plan.geometry.traversal == Traversal::planes) {
-    const int64_t wanted = ceil_div(maps_only ? kMapBytes : kRunBytes, e.inner * element);
+    const int64_t unit =
+        kLineBytes / gcd(e.inner * element, kLineBytes);  // channels per whole number of lines
+    const int64_t wanted = round_up(ceil_div(maps_only ? kMapBytes : kRunBytes, e.inner * element), unit);
     const int64_t affordable =
         maps_only ? wanted
                   : std::max<int64_t>(1, machine.private_cache / 2 / std::max<int64_t>(1, channel_bytes));
-    plan.slab_channels = std::clamp<int64_t>(std::min(wanted, affordable), 1, e.channels);
+    const bool whole_lines = affordable >= unit || unit * channel_bytes <= share / 2;
+    const int64_t whole = whole_lines ? unit : 1;
+    const int64_t widest = std::max(std::min(wanted, affordable) / whole, int64_t{1}) * whole;
+    plan.slab_channels =
+        std::min(maps_only ? widest : balanced(widest, whole, e.channels, threads), e.channels);
     fits = plan.slab_channels * channel_bytes <= share;
   } else if (plan.geometry.fold > 1) {
     plan.slab_channels = e.channels;
@@ -153,14 +170,19 @@ Plan make_plan(const Problem& problem, const Machine& machine) {
       (std::max(tensors.read_by_reduce, tensors.read_by_map) + tensors.written) * tensor_bytes +
       problem.mask * mask;
 
-  // Past the cache only what would not stay there: the call's tensors together fill it. Whole lines only: a
-  // line that is half streamed, half cached costs several times what streaming saves.
-  const bool no_tails = e.inner % kLanes == 0 && e.channels * e.inner * element % kLineBytes == 0;
-  const int64_t run = plan.geometry.traversal == Traversal::rows ? plan.geometry.row_length()
-                      : no_tails                                 ? plan.slab_channels * e.inner
-                                                                 : e.inner;
-  plan.streaming_stores = machine.shared_cache > 0 && run * element % kLineBytes == 0 &&
-                          plan.bytes_minimum >= machine.shared_cache;
+  // Past the cache only what would hardly stay there: the call's tensors would fill two thirds of it, and the
+  // rest of a training step has some too. Whole lines only: a line that is half streamed, half cached costs
+  // several times what streaming saves.
+  const auto whole_lines = [&](int64_t elements) { return elements * element % kLineBytes == 0; };
+  bool in_lines = whole_lines(e.inner);
+  if (plan.geometry.traversal == Traversal::rows) {
+    in_lines = whole_lines(plan.geometry.row_length());
+  } else if (plan.chunk_length % e.inner == 0 && problem.pass != Pass::frozen_backward) {
+    // Maps walk on from one channel's run to the next; frozen backward's reducers do not.
+    in_lines = whole_lines(plan.slab_channels * e.inner) && whole_lines(e.channels * e.inner);
+  }
+  plan.streaming_stores =
+      in_lines && machine.shared_cache > 0 && plan.bytes_minimum >= machine.shared_cache / 3 * 2;
   return plan;
 }
 

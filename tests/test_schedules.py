@@ -51,8 +51,8 @@ def test_unknown_instruction_set() -> None:
 # Bytes of x alone, so that x and y together are half as large again as the last-level cache. Beyond a gigabyte the
 # test would need more memory than it is worth; the limit then tests the largest tensors that are.
 LARGE_BYTES = min(max(3 * BUILD["shared_cache"] // 4, 1 << 22), 1 << 30)
-# (C, H, W): planes and rows of whole cache lines, which streaming stores want, and of odd lengths.
-PLANES = [(64, 56, 56), (48, 16, 16), (33, 31, 17)]
+# (C, H, W): planes and rows of whole cache lines, which streaming stores want, planes whose slabs are, and odd ones.
+PLANES = [(64, 56, 56), (48, 16, 16), (48, 14, 14), (33, 31, 17)]
 
 
 @pytest.mark.skipif(
@@ -80,6 +80,21 @@ def test_inference_walks_memory_in_order(shape: tuple[int, ...], dtype: torch.dt
     side_by_side = plan.slab_channels * inner * dtype.itemsize
     assert plan.slab_channels == shape[1] or side_by_side >= 1 << 20
     assert plan.slabs * plan.chunks >= 8
+
+
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(32, 1024, 14, 14), (512, 512, 14, 14), (256, 256, 28, 28), (64, 512, 24, 24)]
+)
+def test_short_planes_are_written_in_whole_lines(
+    shape: tuple[int, ...], dtype: torch.dtype, backward: bool
+) -> None:
+    """Runs that end within a cache line: slabs of several do not, so that large results can be streamed."""
+    plan = bnext.plan(shape, dtype, backward=backward)
+    assert (plan.traversal, plan.schedule) == ("planes", "fused")
+    assert plan.slab_channels * shape[2] * shape[3] * dtype.itemsize % 64 == 0
+    assert plan.streaming_stores or not BUILD["shared_cache"] or plan.bytes_minimum < BUILD["shared_cache"]
 
 
 def channel_of(x: Tensor, channel: int) -> Tensor:

@@ -33,19 +33,19 @@ BNEXT_INLINE void add_to(double* first, double* second, const LaneSums<A>& sums)
 
 // ---- planes ----
 
-// f(channel, offset of the run, its length), outer indices ascending or descending, channels ascending.
+// f(channel, channels, offset of the first one's run, length of each run), outer indices ascending or
+// descending, channels ascending: together where their runs are whole and `joined`, else one by one.
 template <bool Descending, class F>
-BNEXT_INLINE void for_each_run(const Extent& e, const Tile& tile, F f) {
+BNEXT_INLINE void for_each_run(const Extent& e, const Tile& tile, bool joined, F f) {
   if (tile.begin >= tile.end) return;
   const int64_t first = tile.begin / e.inner, last = (tile.end - 1) / e.inner;
   for (int64_t step = 0; step <= last - first; ++step) {
     const int64_t outer = Descending ? last - step : first + step;
     const int64_t from = outer == first ? tile.begin - first * e.inner : 0;
     const int64_t to = outer == last ? tile.end - last * e.inner : e.inner;
-    for (int64_t k = 0; k < tile.channels(); ++k) {
-      const int64_t channel = tile.channel_begin + k;
-      f(channel, (outer * e.channels + channel) * e.inner + from, to - from);
-    }
+    const int64_t together = joined && to - from == e.inner ? tile.channels() : 1;
+    for (int64_t channel = tile.channel_begin; channel < tile.channel_end; channel += together)
+      f(channel, together, (outer * e.channels + channel) * e.inner + from, to - from);
   }
 }
 
@@ -59,14 +59,13 @@ BNEXT_INLINE int64_t fetch_distance(const Extent& e, const Tile& tile, int direc
   return kFetchBytes / size;
 }
 
-// f(span) for the elements from i on, fewer than sixteen, of a run of `length` at `offset`. Written over its
-// input (in place) no element may be seen twice, nor one that others write.
+// f(span) for the elements from i on, fewer than sixteen, of a run of `length` at `offset`.
 template <class F>
-BNEXT_INLINE void with_rest(int64_t length, int64_t i, int64_t offset, int64_t numel, bool in_place, F f) {
-  if (length >= kLanes && !in_place) {
+BNEXT_INLINE void with_rest(int64_t length, int64_t i, int64_t offset, int64_t numel, F f) {
+  if (length >= kLanes) {
     f(Last{length - i});
   } else {
-    f(First{length - i, !in_place && offset + i + kLanes <= numel});
+    f(First{length - i, offset + i + kLanes <= numel});
   }
 }
 
@@ -83,7 +82,8 @@ void reduce_planes(const Operands& operands, const Geometry& geometry, const Til
   for (int64_t k = 0; k < tile.channels() * 2 * kLanes; ++k) lanes[k] = 0;
 
   for_each_run<false>(
-      e, tile, [&](int64_t channel, int64_t offset, int64_t length) __attribute__((always_inline)) {
+      e, tile, false,
+      [&](int64_t channel, int64_t, int64_t offset, int64_t length) __attribute__((always_inline)) {
         double* first = lanes + (channel - tile.channel_begin) * 2 * kLanes;
         const auto c = coefficients_from<Math>(
             [&](int k)
@@ -104,7 +104,7 @@ void reduce_planes(const Operands& operands, const Geometry& geometry, const Til
           }
           if (vectors % 2 != 0) step(even);
           if (i < length && length - i < kLanes) {
-            with_rest(length, i, offset, numel, false, [&](auto span) __attribute__((always_inline)) {
+            with_rest(length, i, offset, numel, [&](auto span) __attribute__((always_inline)) {
               reducer.step(odd, offset + i, c, span);
             });
             i = length;
@@ -125,32 +125,54 @@ void reduce_planes(const Operands& operands, const Geometry& geometry, const Til
   if (operands.streaming_stores) streaming_fence();
 }
 
+// Whole runs of consecutive channels lie side by side: vectors walk on from one to the next, with the
+// coefficients of both where they straddle, so that nothing but the region's end is less than a vector.
 template <class Map>
 void map_planes(const Operands& operands, const Geometry& geometry, const Tile& tile, void*, Sums*) {
   using Math = typename Map::Math;
+  using Storage = typename Map::Storage;
+  using Indexes = typename CountTo<Map::kCoefficients>::type;
   const Map map(operands);
   typename Map::Bits bits(operands.mask);
   const Extent e = geometry.extent;
   const bool in_place = operands.out == operands.x;
-  const int64_t numel = e.numel(), mapped = fetch_distance<typename Map::Storage>(e, tile, -1);
+  const int64_t numel = e.numel(), mapped = fetch_distance<Storage>(e, tile, -1);
   const int64_t reduced = tile.ahead != 0 ? tile.ahead : mapped;
-  for_each_run<true>(
-      e, tile, [&](int64_t channel, int64_t offset, int64_t length) __attribute__((always_inline)) {
-        const auto c = coefficients_from<Math>(
-            [&](int k) __attribute__((always_inline)) {
-              return splat(static_cast<const Math*>(operands.coefficients[k])[channel]);
-            },
-            typename CountTo<Map::kCoefficients>::type{});
-        int64_t i = 0;
-        bits.seek(offset);
-        for (; i + kLanes <= length; i += kLanes) {
-          map.fetch_at(offset + i + reduced, offset + i + mapped);
-          map.step(bits, offset + i, c, Full{});
-        }
-        if (i < length)
-          with_rest(length, i, offset, numel, in_place,
-                    [&](auto span) __attribute__((always_inline)) { map.step(bits, offset + i, c, span); });
-      });
+  const auto of = [&](int64_t channel) __attribute__((always_inline)) {
+    return coefficients_from<Math>(
+        [&](int k) __attribute__((always_inline)) {
+          return splat(static_cast<const Math*>(operands.coefficients[k])[channel]);
+        },
+        Indexes{});
+  };
+  auto region = [&](int64_t channel, int64_t channels, int64_t at,
+                    int64_t length) __attribute__((always_inline)) {
+    const int64_t end = channel + channels;
+    auto c = of(channel);
+    bits.seek(at);
+    const auto step = [&](const auto& with) __attribute__((always_inline)) {
+      map.fetch_at(at + reduced, at + mapped);
+      map.step(bits, at, with, Full{});
+      at += kLanes;
+    };
+    for (int64_t left = length;; left += length) {
+      for (; left >= kLanes; left -= kLanes) step(c);
+      if (++channel == end) {
+        if (left > 0) map.step(bits, at, c, First{left, !in_place && at + kLanes <= numel});
+        return;
+      }
+      const auto next = of(channel);
+      if (left > 0) {
+        const uint32_t mine = (1u << left) - 1;
+        step(coefficients_from<Math>(
+            [&](int k) __attribute__((always_inline)) { return select<Storage>(mine, c.k[k], next.k[k]); },
+            Indexes{}));
+        left -= kLanes;
+      }
+      c = next;
+    }
+  };
+  for_each_run<true>(e, tile, e.inner >= kLanes, region);
   bits.finish();
   if (operands.streaming_stores) streaming_fence();
 }
