@@ -6,12 +6,10 @@
 namespace bnext {
 namespace {
 
-constexpr int64_t kLanes = 16;     // elements per vector step (cpu/vector.h)
-constexpr int64_t kLongRun = 512;  // elements: from here on a plane's tail does not matter
-constexpr int64_t kShortRun = 64;  // elements: shorter planes lose too much to their tails
-constexpr int64_t kLongRun16Bit =
-    128;                            // the same with 16-bit storage, where tails are small beside conversions
-constexpr int64_t kMappedRun = 32;  // and where nothing is summed: memory order is worth the tails
+constexpr int64_t kLanes = 16;           // elements per vector step (cpu/vector.h)
+constexpr int64_t kLongRun = 128;        // elements: from here on the tail of a reduced plane does not matter
+constexpr int64_t kShortRun = 64;        // elements: shorter planes lose too much between channels
+constexpr int64_t kMappedRun = 32;       // and where nothing is summed: memory order is worth the tails
 constexpr int64_t kRunBytes = 16 << 10;  // contiguous bytes a slab should read per outer index: four pages
 constexpr int64_t kMapBytes = 1 << 20;   // the same where nothing is reduced: memory order is best
 constexpr int64_t kColumnBytes =
@@ -49,10 +47,10 @@ int64_t balanced(int64_t most, int64_t unit, int64_t channels, int64_t threads) 
   return best;
 }
 
-Geometry make_geometry(const Extent& extent, Dtype dtype, bool maps_only) {
+Geometry make_geometry(const Extent& extent, bool maps_only) {
   Geometry geometry{one_run_if_one_channel(extent)};
   const Extent& e = geometry.extent;
-  const int64_t long_run = maps_only ? kMappedRun : size_of(dtype) == 2 ? kLongRun16Bit : kLongRun;
+  const int64_t long_run = maps_only ? kMappedRun : kLongRun;
   const bool planes =
       e.channels == 1 || e.inner >= long_run || (e.inner >= kShortRun && e.inner % kLanes == 0);
   geometry.traversal = planes ? Traversal::planes : Traversal::rows;
@@ -87,7 +85,7 @@ Plan make_plan(const Problem& problem, const Machine& machine) {
   Plan plan;
   const Traffic tensors = traffic(problem);
   const bool maps_only = tensors.read_by_reduce == 0;
-  plan.geometry = make_geometry(problem.extent, problem.dtype, maps_only);
+  plan.geometry = make_geometry(problem.extent, maps_only);
   const Extent& e = plan.geometry.extent;
   const int64_t element = size_of(problem.dtype);
   if (e.numel() == 0) {  // nothing to cut
