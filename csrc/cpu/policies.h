@@ -43,14 +43,12 @@ struct First {
   }
 };
 
-// The n elements that are left of sixteen or more: the sixteen that end with them, most of which were seen
-// before. Maps write those once more, so their output must not be their input.
+// The n elements that are left of sixteen or more, of reducers alone: the sixteen that end with them, most of
+// which were seen before. What a reducer writes (dx) it writes once more.
 struct Last {
   int64_t n;
 
   BNEXT_INLINE int64_t begin(int64_t offset) const { return offset + n - kLanes; }
-  BNEXT_INLINE int count() const { return static_cast<int>(n); }
-  BNEXT_INLINE uint32_t fresh(uint32_t bits) const { return bits >> (kLanes - n); }
   template <class A, class T>
   BNEXT_INLINE Lanes<A> load_lanes(const T* p) const {
     return load<A>(p + n - kLanes);
