@@ -6,14 +6,14 @@
 namespace bnext {
 namespace {
 
-constexpr int64_t kLanes = 16;           // elements per vector step (cpu/vector.h)
-constexpr int64_t kLongRun = 128;        // elements: from here on the tail of a reduced plane does not matter
-constexpr int64_t kShortRun = 64;        // elements: shorter planes lose too much between channels
-constexpr int64_t kMappedRun = 32;       // and where nothing is summed: memory order is worth the tails
+constexpr int64_t kLanes = 16;      // elements per vector step (cpu/vector.h)
+constexpr int64_t kLongRun = 128;   // elements: from here on the tail of a reduced plane does not matter
+constexpr int64_t kShortRun = 64;   // elements: shorter planes lose too much between channels
+constexpr int64_t kMappedRun = 32;  // and where nothing is summed: memory order is worth the coefficients
 constexpr int64_t kRunBytes = 16 << 10;  // contiguous bytes a slab should read per outer index: four pages
 constexpr int64_t kMapBytes = 1 << 20;   // the same where nothing is reduced: memory order is best
 constexpr int64_t kColumnBytes =
-    8 << 10;                             // narrowest column slab: narrower ones read at half the rate or less
+    8 << 10;  // narrowest column slab: with narrower ones a call takes up to twice as long
 constexpr int64_t kLineBytes = 64;       // of a cache line, and of the widest vector
 constexpr int64_t kTileBytes = 8 << 10;  // of one tensor in a row of a tile: what goes with it stays in L1/L2
 constexpr int64_t kSharedColumns =
@@ -108,11 +108,12 @@ Plan make_plan(const Problem& problem, const Machine& machine) {
     const int64_t affordable =
         maps_only ? wanted
                   : std::max<int64_t>(1, machine.private_cache / 2 / std::max<int64_t>(1, channel_bytes));
-    const bool whole_lines = affordable >= unit || unit * channel_bytes <= share / 2;
-    const int64_t whole = whole_lines ? unit : 1;
-    const int64_t widest = std::max(std::min(wanted, affordable) / whole, int64_t{1}) * whole;
+    // For whole lines a slab may lie in the shared cache.
+    const int64_t step = affordable >= unit || unit * channel_bytes <= share / 2 ? unit : 1;
+    const int64_t widest =
+        std::clamp(std::min(wanted, affordable) / step * step, step, round_up(e.channels, step));
     plan.slab_channels =
-        std::min(maps_only ? widest : balanced(widest, whole, e.channels, threads), e.channels);
+        std::min(maps_only ? widest : balanced(widest, step, e.channels, threads), e.channels);
     fits = plan.slab_channels * channel_bytes <= share;
   } else if (plan.geometry.fold > 1) {
     plan.slab_channels = e.channels;

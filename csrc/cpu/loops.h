@@ -8,7 +8,6 @@
 constexpr int kPanel = kBytes / 16;     // strips of sixteen columns that a reducer sums in registers
 constexpr int64_t kNearColumns = 1024;  // whose coefficients stay in the L1 cache, for as many rows
 constexpr int64_t kNearRows = 16;
-constexpr int64_t kFetchBytes = 16 << 10;  // fetched ahead of a walk in memory order: the L2 cache holds more
 constexpr int64_t kJumpBytes =
     64 << 10;  // fetched ahead where a slab leaves memory order: up to so much at once
 constexpr int64_t kStretchBytes = 512 << 10;  // ascending part of a descending walk
@@ -56,7 +55,7 @@ BNEXT_INLINE int64_t fetch_distance(const Extent& e, const Tile& tile, int direc
   constexpr int64_t size = sizeof(T);
   if (tile.channels() < e.channels && tile.channels() * e.inner * size <= kJumpBytes)
     return direction * e.channels * e.inner;
-  return kFetchBytes / size;
+  return kFetchAhead<T>;
 }
 
 // f(span) for the elements from i on, fewer than sixteen, of a run of `length` at `offset`.
@@ -131,7 +130,7 @@ template <class Map>
 void map_planes(const Operands& operands, const Geometry& geometry, const Tile& tile, void*, Sums*) {
   using Math = typename Map::Math;
   using Storage = typename Map::Storage;
-  using Indexes = typename CountTo<Map::kCoefficients>::type;
+  using All = typename CountTo<Map::kCoefficients>::type;
   const Map map(operands);
   typename Map::Bits bits(operands.mask);
   const Extent e = geometry.extent;
@@ -143,7 +142,7 @@ void map_planes(const Operands& operands, const Geometry& geometry, const Tile& 
         [&](int k) __attribute__((always_inline)) {
           return splat(static_cast<const Math*>(operands.coefficients[k])[channel]);
         },
-        Indexes{});
+        All{});
   };
   auto region = [&](int64_t channel, int64_t channels, int64_t at,
                     int64_t length) __attribute__((always_inline)) {
@@ -166,7 +165,7 @@ void map_planes(const Operands& operands, const Geometry& geometry, const Tile& 
         const uint32_t mine = (1u << left) - 1;
         step(coefficients_from<Math>(
             [&](int k) __attribute__((always_inline)) { return select<Storage>(mine, c.k[k], next.k[k]); },
-            Indexes{}));
+            All{}));
         left -= kLanes;
       }
       c = next;
@@ -195,10 +194,8 @@ void reduce_rows(const Operands& operands, const Geometry& geometry, const Tile&
   columns.lay_out<Storage>(
       expanded, kCount, [&](int k, int64_t channel) { return Reducer::coefficient(operands, k, channel); });
 
-  // Strips whose first element begins a line, and what a tile narrower than the rows comes to after
-  // kFetchBytes.
-  constexpr int kStripsPerLine = sizeof(Storage) < 4 ? 2 : 1;
-  const int64_t ahead = columns.fetch_distance(kFetchBytes / static_cast<int64_t>(sizeof(Storage)));
+  constexpr int kStripsPerLine = sizeof(Storage) < 4 ? 2 : 1;  // one fetch a line
+  const int64_t ahead = columns.fetch_distance<Storage>();
   // `count` rows, a panel of columns at a time whose sums stay in registers. Lanes past the last column go
   // into padding that nobody reads.
   auto rows = [&](int64_t row, int64_t count, int64_t width) __attribute__((always_inline)) {
@@ -249,8 +246,7 @@ void map_rows(const Operands& operands, const Geometry& geometry, const Tile& ti
     return static_cast<const Math*>(operands.coefficients[k])[channel];
   });
 
-  const int64_t mapped =
-      columns.fetch_distance(kFetchBytes / static_cast<int64_t>(sizeof(typename Map::Storage)));
+  const int64_t mapped = columns.fetch_distance<typename Map::Storage>();
   const int64_t reduced = tile.ahead != 0 ? tile.ahead : mapped;
   // Columns [j, end) of a row.
   auto walk = [&](int64_t row, int64_t j, int64_t end) __attribute__((always_inline)) {
