@@ -27,6 +27,9 @@ class Plan:
     def threads(self) -> int:
         """Threads the call would use."""
     @property
+    def beyond_cache(self) -> bool:
+        """Whether the call's tensors are too large for the last-level cache, so that reading is fetched ahead."""
+    @property
     def streaming_stores(self) -> bool:
         """Whether the result is written past the caches."""
     @property

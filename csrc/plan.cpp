@@ -180,8 +180,9 @@ Plan make_plan(const Problem& problem, const Machine& machine) {
     // Maps walk on from one channel's run to the next; frozen backward's reducers do not.
     in_lines = whole_lines(plan.slab_channels * e.inner) && whole_lines(e.channels * e.inner);
   }
-  plan.streaming_stores =
-      in_lines && machine.shared_cache > 0 && plan.bytes_minimum >= machine.shared_cache / 3 * 2;
+  const int64_t last_cache = std::max(machine.private_cache, machine.shared_cache);
+  plan.beyond_cache = plan.bytes_minimum >= last_cache / 3 * 2;
+  plan.streaming_stores = plan.beyond_cache && in_lines && machine.shared_cache > 0;
   return plan;
 }
 

@@ -152,6 +152,7 @@ void bind_plans(py::module_& m) {
       .def_readonly("slab_channels", &Plan::slab_channels)
       .def_readonly("chunks", &Plan::chunks)
       .def_readonly("threads", &Plan::threads)
+      .def_readonly("beyond_cache", &Plan::beyond_cache)
       .def_readonly("streaming_stores", &Plan::streaming_stores)
       .def_readonly("cache_bytes", &Plan::cache_bytes)
       .def_readonly("bytes_moved", &Plan::bytes_moved)

@@ -69,6 +69,19 @@ def test_streaming_stores_are_among_the_cases() -> None:
     assert {plan.streaming_stores for plan in plans} == {True, False}
 
 
+def test_shared_cache_is_what_the_processors_may_count_on() -> None:
+    """A virtual machine of two cores that reports 300 MB has nothing like it."""
+    assert BUILD["shared_cache"] <= 48 * 2**20 * (os.cpu_count() or 1)
+
+
+def test_tensors_that_fill_the_cache_are_fetched_ahead() -> None:
+    last = max(BUILD["private_cache"], BUILD["shared_cache"])
+    plans = [bnext.plan((elements, 64)) for elements in (1, 1000, last // 1024, last // 256)]
+    assert [plan.beyond_cache for plan in plans] == [plan.bytes_minimum >= last // 3 * 2 for plan in plans]
+    assert not plans[0].beyond_cache and plans[-1].beyond_cache
+    assert all(plan.beyond_cache for plan in plans if plan.streaming_stores)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shape", [(32, 512, 28, 28), (32, 1024, 14, 14), (32, 2048, 7, 7), (64, 3, 100, 30)])
 def test_inference_walks_memory_in_order(shape: tuple[int, ...], dtype: torch.dtype) -> None:

@@ -38,6 +38,7 @@ struct BackwardWork {
     operands.dresidual = args.dresidual;
     operands.streaming_stores =
         can_stream(plan, args.dx) && (args.dresidual == nullptr || can_stream(plan, args.dresidual));
+    operands.fetches = plan.beyond_cache;
     operands.activation = args.activation;
     operands.center = args.mean;
     if (args.from_output) {

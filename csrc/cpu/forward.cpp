@@ -34,6 +34,7 @@ struct ForwardWork {
     operands.out = args.y;
     operands.mask = args.mask;
     operands.streaming_stores = can_stream(plan, args.y);
+    operands.fetches = plan.beyond_cache;
     operands.activation = args.activation;
     for (int k = 0; k < 3; ++k) operands.coefficients[k] = coefficients.get() + k * channels;
     const auto find = instruction_set().find;

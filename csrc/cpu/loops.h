@@ -10,6 +10,7 @@ constexpr int64_t kNearColumns = 1024;  // whose coefficients stay in the L1 cac
 constexpr int64_t kNearRows = 16;
 constexpr int64_t kJumpBytes =
     64 << 10;  // fetched ahead where a slab leaves memory order: up to so much at once
+constexpr int64_t kLineBytes = 64;
 constexpr int64_t kStretchBytes = 512 << 10;  // ascending part of a descending walk
 
 template <class A>
@@ -78,6 +79,7 @@ void reduce_planes(const Operands& operands, const Geometry& geometry, const Til
   const int64_t numel = e.numel();
   double* lanes = static_cast<double*>(scratch);  // [channel][2][kLanes]
   const int64_t ahead = fetch_distance<Storage>(e, tile, 1);
+  const bool fetches = operands.fetches;
   for (int64_t k = 0; k < tile.channels() * 2 * kLanes; ++k) lanes[k] = 0;
 
   for_each_run<false>(
@@ -92,8 +94,11 @@ void reduce_planes(const Operands& operands, const Geometry& geometry, const Til
         // Two sums take turns: an addition does not wait for the one before it.
         auto batch = [&](int64_t vectors) __attribute__((always_inline)) {
           LaneSums<Math> even{}, odd{};
+          if (fetches) {
+            for (int64_t k = 0; k < vectors * kLanes; k += kLineBytes / sizeof(Storage))
+              reducer.fetch_at(offset + i + ahead + k);
+          }
           auto step = [&](LaneSums<Math>& to) __attribute__((always_inline)) {
-            reducer.fetch_at(offset + i + ahead);
             reducer.step(to, offset + i, c, Full{});
             i += kLanes;
           };
@@ -134,7 +139,7 @@ void map_planes(const Operands& operands, const Geometry& geometry, const Tile& 
   const Map map(operands);
   typename Map::Bits bits(operands.mask);
   const Extent e = geometry.extent;
-  const bool in_place = operands.out == operands.x;
+  const bool in_place = operands.out == operands.x, fetches = operands.fetches;
   const int64_t numel = e.numel(), mapped = fetch_distance<Storage>(e, tile, -1);
   const int64_t reduced = tile.ahead != 0 ? tile.ahead : mapped;
   const auto of = [&](int64_t channel) __attribute__((always_inline)) {
@@ -150,7 +155,7 @@ void map_planes(const Operands& operands, const Geometry& geometry, const Tile& 
     auto c = of(channel);
     bits.seek(at);
     const auto step = [&](const auto& with) __attribute__((always_inline)) {
-      map.fetch_at(at + reduced, at + mapped);
+      if (fetches) map.fetch_at(at + reduced, at + mapped);
       map.step(bits, at, with, Full{});
       at += kLanes;
     };
@@ -196,6 +201,7 @@ void reduce_rows(const Operands& operands, const Geometry& geometry, const Tile&
 
   constexpr int kStripsPerLine = sizeof(Storage) < 4 ? 2 : 1;  // one fetch a line
   const int64_t ahead = columns.fetch_distance<Storage>();
+  const bool fetches = operands.fetches;
   // `count` rows, a panel of columns at a time whose sums stay in registers. Lanes past the last column go
   // into padding that nobody reads.
   auto rows = [&](int64_t row, int64_t count, int64_t width) __attribute__((always_inline)) {
@@ -210,7 +216,7 @@ void reduce_rows(const Operands& operands, const Geometry& geometry, const Tile&
       LaneSums<Math> local[sizeof...(P)] = {};
       for (int64_t r = 0; r < count; ++r) {
         const int64_t at = offset + j + r * columns.row_length;
-        ((P % kStripsPerLine == 0 ? reducer.fetch_at(at + P * kLanes + ahead) : void()), ...);
+        if (fetches) ((P % kStripsPerLine == 0 ? reducer.fetch_at(at + P * kLanes + ahead) : void()), ...);
         (reducer.step(local[P], at + P * kLanes, c[P], span), ...);
       }
       (add_to<Storage>(first + j + P * kLanes, second + j + P * kLanes, local[P]), ...);
@@ -238,7 +244,7 @@ void map_rows(const Operands& operands, const Geometry& geometry, const Tile& ti
   constexpr int kCount = Map::kCoefficients;
   const Map map(operands);
   typename Map::Bits bits(operands.mask);
-  const bool in_place = operands.out == operands.x;
+  const bool in_place = operands.out == operands.x, fetches = operands.fetches;
   const Columns columns(geometry, tile);
   const int64_t numel = geometry.extent.numel(), stride = padded(columns.count);
   Math* expanded = static_cast<Math*>(scratch);  // [coefficient][column]
@@ -256,7 +262,7 @@ void map_rows(const Operands& operands, const Geometry& geometry, const Tile& ti
       const auto c = coefficients_from<Math>(
           [&](int k) __attribute__((always_inline)) { return load<Math>(expanded + k * stride + j); },
           typename CountTo<kCount>::type{});
-      map.fetch_at(offset + j + reduced, offset + j + mapped);
+      if (fetches) map.fetch_at(offset + j + reduced, offset + j + mapped);
       map.step(bits, offset + j, c, span);
     };
     for (; j + kLanes <= end; j += kLanes) step(Full{});
