@@ -71,7 +71,7 @@ def test_streaming_stores_are_among_the_cases() -> None:
 
 def test_shared_cache_is_what_the_processors_may_count_on() -> None:
     """A virtual machine of two cores that reports 300 MB has nothing like it."""
-    assert BUILD["shared_cache"] <= 48 * 2**20 * (os.cpu_count() or 1)
+    assert BUILD["shared_cache"] <= 32 * 2**20 * (os.cpu_count() or 1)
 
 
 def test_tensors_that_fill_the_cache_are_fetched_ahead() -> None:

@@ -84,7 +84,7 @@ struct VectorStore {
 
   template <class V>
   BNEXT_INLINE void operator()(void* p, V v) const {
-    if (streaming) {
+    if (unlikely(streaming)) {
       store_native_streaming(p, v);
     } else {
       store_native(p, v);

@@ -155,12 +155,13 @@ void map_planes(const Operands& operands, const Geometry& geometry, const Tile& 
     auto c = of(channel);
     bits.seek(at);
     const auto step = [&](const auto& with) __attribute__((always_inline)) {
-      if (fetches) map.fetch_at(at + reduced, at + mapped);
+      if (unlikely(fetches)) map.fetch_at(at + reduced, at + mapped);
       map.step(bits, at, with, Full{});
       at += kLanes;
     };
     for (int64_t left = length;; left += length) {
-      for (; left >= kLanes; left -= kLanes) step(c);
+      for (int64_t n = left / kLanes; n > 0; --n) step(c);
+      left %= kLanes;
       if (++channel == end) {
         if (left > 0) map.step(bits, at, c, First{left, !in_place && at + kLanes <= numel});
         return;
@@ -262,10 +263,10 @@ void map_rows(const Operands& operands, const Geometry& geometry, const Tile& ti
       const auto c = coefficients_from<Math>(
           [&](int k) __attribute__((always_inline)) { return load<Math>(expanded + k * stride + j); },
           typename CountTo<kCount>::type{});
-      if (fetches) map.fetch_at(offset + j + reduced, offset + j + mapped);
+      if (unlikely(fetches)) map.fetch_at(offset + j + reduced, offset + j + mapped);
       map.step(bits, offset + j, c, span);
     };
-    for (; j + kLanes <= end; j += kLanes) step(Full{});
+    for (int64_t n = (end - j) / kLanes; n > 0; --n, j += kLanes) step(Full{});
     if (j < end) step(First{end - j, !in_place && offset + j + kLanes <= numel});
   };
   const int64_t whole_rows = numel / columns.row_length;

@@ -72,8 +72,8 @@ int64_t cache_bytes(int level) {
 
 // Most of the last-level cache that a processor the system knows of can count on. No core has more than 16 MB
 // to itself; a virtual machine shows the host's whole cache with a few of its cores, and other machines use
-// the rest: of 300 MB two cores kept about 100.
-constexpr int64_t kSharedPerProcessor = 48 << 20;
+// the rest: of 300 MB two cores kept 50 to 100, from one hour to the next.
+constexpr int64_t kSharedPerProcessor = 32 << 20;
 
 }  // namespace
 
