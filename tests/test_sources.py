@@ -135,6 +135,17 @@ def test_kernels_see_no_tensor(path: Path) -> None:
     assert set(re.findall(r"\bat::(\w+)", code(path))) <= {"parallel_for", "get_num_threads"}
 
 
+def per_instruction_set() -> list[Path]:
+    return [path for name in includes(CSRC / "cpu" / "tiles.inc") if (path := CSRC / "cpu" / name).exists()]
+
+
+@pytest.mark.parametrize("path", per_instruction_set(), ids=name_of)
+def test_what_is_compiled_for_one_instruction_set_is_not_shared(path: Path) -> None:
+    """A standard function that was not inlined there would be the linker's choice for every machine."""
+    assert len(per_instruction_set()) > 8
+    assert set(re.findall(r"\bstd::(\w+)", code(path))) <= {"is_same_v", "conditional_t"}
+
+
 @pytest.mark.parametrize("path", in_cuda(), ids=name_of)
 def test_cuda_kernels_see_no_torch_and_name_the_machine_in_one_place(path: Path) -> None:
     """nvcc parses no header of torch; what only a GPU has goes by primitives, whose names the host has too."""

@@ -16,24 +16,27 @@ namespace bnext::cpu {
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 namespace v4 {
 TileFunction find(const Kernel&);
-}
+Folds folds(Dtype);
+}  // namespace v4
 namespace v3 {
 TileFunction find(const Kernel&);
-}
+Folds folds(Dtype);
+}  // namespace v3
 #endif
 namespace baseline {
 TileFunction find(const Kernel&);
-}
+Folds folds(Dtype);
+}  // namespace baseline
 
 const InstructionSet kInstructionSets[] = {
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-    {"x86-64-v4", [] { return __builtin_cpu_supports("x86-64-v4") != 0; }, v4::find},
-    {"x86-64-v3", [] { return __builtin_cpu_supports("x86-64-v3") != 0; }, v3::find},
+    {"x86-64-v4", [] { return __builtin_cpu_supports("x86-64-v4") != 0; }, v4::find, v4::folds},
+    {"x86-64-v3", [] { return __builtin_cpu_supports("x86-64-v3") != 0; }, v3::find, v3::folds},
 #endif
 #if defined(__x86_64__)
-    {"x86-64", [] { return true; }, baseline::find},
+    {"x86-64", [] { return true; }, baseline::find, baseline::folds},
 #else
-    {"generic", [] { return true; }, baseline::find},
+    {"generic", [] { return true; }, baseline::find, baseline::folds},
 #endif
 };
 const int kInstructionSetCount = sizeof kInstructionSets / sizeof kInstructionSets[0];

@@ -85,7 +85,6 @@ void run(const Plan& plan, Work& work) {
       work.prepare(tile.channel_begin, tile.channel_end);
     });
     auto reduce = [&] {
-      std::fill(partial.begin(), partial.end(), Sums{});
       for_each_task(plan.threads, tiles, [&](int64_t k) {
         const Tile tile = tile_at(k % plan.slabs, k / plan.slabs);
         call(work.reduce, tile, partial.data() + k / plan.slabs * channels + tile.channel_begin);
@@ -95,7 +94,10 @@ void run(const Plan& plan, Work& work) {
       }
     };
     reduce();
-    if (work.recenter(0, channels, partial.data())) reduce();
+    if (work.recenter(0, channels, partial.data())) {
+      std::fill(partial.begin(), partial.end(), Sums{});
+      reduce();
+    }
     fold(partial.data());
     if (work.map == nullptr) return;
     for_each_task<true>(plan.threads, tiles,
@@ -109,7 +111,6 @@ void run(const Plan& plan, Work& work) {
       std::vector<Sums> sums(whole.channels()), part(plan.chunks > 1 ? whole.channels() : 0);
       work.prepare(whole.channel_begin, whole.channel_end);
       auto reduce = [&] {
-        std::fill(sums.begin(), sums.end(), Sums{});
         if (plan.chunks == 1) return call(work.reduce, whole, sums.data());
         for (int64_t chunk = 0; chunk < plan.chunks; ++chunk) {
           std::fill(part.begin(), part.end(), Sums{});
@@ -118,7 +119,10 @@ void run(const Plan& plan, Work& work) {
         }
       };
       reduce();
-      if (work.recenter(whole.channel_begin, whole.channel_end, sums.data())) reduce();
+      if (work.recenter(whole.channel_begin, whole.channel_end, sums.data())) {
+        std::fill(sums.begin(), sums.end(), Sums{});
+        reduce();
+      }
       work.fold(whole.channel_begin, whole.channel_end, sums.data());
       if (work.map == nullptr) return;
       for (int64_t chunk = plan.chunks; chunk-- > 0;) {

@@ -1,5 +1,6 @@
-// The smallest piece of work, and the table of functions that do it: one table per instruction set, all
-// compiled from tiles.inc. Nothing here knows threads, schedules or tensors.
+// The smallest pieces of work, tiles and folds over channels, and the tables of functions that do them: one
+// set of tables per instruction set, all compiled from tiles.inc. Nothing here knows threads, schedules or
+// tensors.
 #pragma once
 
 #include <cstdint>
@@ -21,6 +22,8 @@ struct Tile {
 };
 
 constexpr int kMaxCoefficients = 6;
+
+constexpr int64_t opmath_bytes(Dtype dtype) { return dtype == Dtype::float64 ? 8 : 4; }
 
 // Bits of a mask that a tile writes at once.
 constexpr int64_t kMaskWord = 16;
@@ -64,10 +67,36 @@ struct Kernel {
   SlopeClass slope = SlopeClass::none;                 // of backward
 };
 
+// What a fold has besides the call itself. coefficients: [coefficient][channel] in opmath, as in Operands.
+struct ForwardFold {
+  const ForwardArgs& args;
+  double factor;   // weight of the batch in the running statistics
+  double* center;  // per channel
+  void* coefficients;
+};
+
+struct BackwardFold {
+  const BackwardArgs& args;
+  double* center;      // per channel, where the output stands for x; else null
+  void* coefficients;  // null: none are wanted
+  bool from_input;     // scale and offset of the activation's input among them
+  bool maps;           // slope and offset of dx
+};
+
+// For channels [begin, end); sums[0] is that of begin, null where nothing was summed.
+struct Folds {
+  void (*find_centers)(const ForwardFold&, int64_t begin, int64_t end);
+  bool (*move_centers)(const ForwardFold&, int64_t begin, int64_t end, const Sums* sums);
+  void (*forward)(const ForwardFold&, int64_t begin, int64_t end, const Sums* sums);
+  void (*prepare_backward)(const BackwardFold&, int64_t begin, int64_t end);
+  void (*backward)(const BackwardFold&, int64_t begin, int64_t end, const Sums* sums);
+};
+
 struct InstructionSet {
   const char* name;
   bool (*supported)();
   TileFunction (*find)(const Kernel&);
+  Folds (*folds)(Dtype);
 };
 
 // Compiled instruction sets, best first; the last one runs everywhere.
