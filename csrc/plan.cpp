@@ -11,7 +11,7 @@ constexpr int64_t kLongRun = 128;   // elements: from here on the tail of a redu
 constexpr int64_t kShortRun = 64;   // elements: shorter planes lose too much between channels
 constexpr int64_t kMappedRun = 32;  // and where nothing is summed: memory order is worth the coefficients
 constexpr int64_t kRunBytes = 16 << 10;  // contiguous bytes a slab should read per outer index: four pages
-constexpr int64_t kMapBytes = 1 << 20;   // the same where nothing is reduced: memory order is best
+constexpr int64_t kMapBytes = 1 << 20;   // where nothing is reduced, of large tensors: memory order is best
 constexpr int64_t kColumnBytes =
     8 << 10;  // narrowest column slab: with narrower ones a call takes up to twice as long
 constexpr int64_t kLineBytes = 64;       // of a cache line, and of the widest vector
@@ -104,7 +104,9 @@ Plan make_plan(const Problem& problem, const Machine& machine) {
   if (plan.geometry.traversal == Traversal::planes) {
     const int64_t unit =
         kLineBytes / gcd(e.inner * element, kLineBytes);  // channels per whole number of lines
-    const int64_t wanted = round_up(ceil_div(maps_only ? kMapBytes : kRunBytes, e.inner * element), unit);
+    const int64_t run_bytes =
+        maps_only ? std::clamp(tensor_bytes / kFewParts, kRunBytes, kMapBytes) : kRunBytes;
+    const int64_t wanted = round_up(ceil_div(run_bytes, e.inner * element), unit);
     const int64_t affordable =
         maps_only ? wanted
                   : std::max<int64_t>(1, machine.private_cache / 2 / std::max<int64_t>(1, channel_bytes));
