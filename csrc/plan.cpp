@@ -21,7 +21,7 @@ constexpr int64_t kSharedColumns =
 constexpr int64_t kFoldColumns = 128;         // rows narrower than this are folded
 constexpr int64_t kSerialElements = 1 << 15;  // below this a parallel region costs more than it saves
 constexpr int64_t kChunkElements = 1 << 16;   // smallest chunk worth its own partial sums
-constexpr int64_t kFewParts = 16;             // parts that still balance
+constexpr int64_t kFewParts = 16;             // parts that still balance, give or take a half
 constexpr int64_t kMaxParts = 64;  // slabs * chunks aimed at: enough for any thread count to balance
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -98,14 +98,14 @@ Plan make_plan(const Problem& problem, const Machine& machine) {
 
   // Slab width. Channels are grouped until a slab reads kRunBytes in one go, then as cache allows.
   const int64_t threads = e.numel() < kSerialElements ? 1 : std::max(1, machine.threads);
+  const int64_t parts = threads == 1 ? 1 : kFewParts;
   const int64_t share = std::max(machine.private_cache, machine.shared_cache / 2 / threads);
   const int64_t channel_bytes = e.count() * element * kept;
   bool fits = true;
   if (plan.geometry.traversal == Traversal::planes) {
     const int64_t unit =
         kLineBytes / gcd(e.inner * element, kLineBytes);  // channels per whole number of lines
-    const int64_t run_bytes =
-        maps_only ? std::clamp(tensor_bytes / kFewParts, kRunBytes, kMapBytes) : kRunBytes;
+    const int64_t run_bytes = maps_only ? std::min(tensor_bytes / parts, kMapBytes) : kRunBytes;
     const int64_t wanted = round_up(ceil_div(run_bytes, e.inner * element), unit);
     const int64_t affordable =
         maps_only ? wanted
@@ -144,7 +144,7 @@ Plan make_plan(const Problem& problem, const Machine& machine) {
                                      : e.channels;
   plan.chunk_length = std::max(ceil_div(positions, ceil_div(kMaxParts, across)), shortest);
   const bool whole_runs = plan.geometry.traversal == Traversal::planes &&
-                          (plan.chunk_length >= e.inner || (maps_only && e.outer * plan.slabs >= kFewParts));
+                          (plan.chunk_length >= e.inner || (maps_only && 2 * e.outer * plan.slabs >= parts));
   plan.chunk_length = round_up(plan.chunk_length, whole_runs ? e.inner : kLanes);
   plan.chunk_length = std::max<int64_t>(1, std::min(plan.chunk_length, positions));
   plan.chunks = std::max<int64_t>(1, ceil_div(positions, plan.chunk_length));
