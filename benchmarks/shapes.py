@@ -36,6 +36,7 @@ def resnet50(batch: int) -> tuple[tuple[Shape, int], ...]:
 
 LISTS: dict[str, tuple[tuple[Shape, int], ...]] = {
     "resnet50": resnet50(32),
+    "resnet50_one": resnet50(1),  # one image, as in inference or where memory leaves no more
     # Calls of a few microseconds, where overhead decides; odd channels and planes smaller than a vector.
     "small": tuple(
         (shape, 1)

@@ -10,6 +10,8 @@ constexpr int64_t kLanes = 16;      // elements per vector step (cpu/vector.h)
 constexpr int64_t kLongRun = 128;   // elements: from here on the tail of a reduced plane does not matter
 constexpr int64_t kShortRun = 64;   // elements: shorter planes lose too much between channels
 constexpr int64_t kMappedRun = 32;  // and where nothing is summed: memory order is worth the coefficients
+constexpr int64_t kFewRows = 4;     // over so few a sum for each column costs more than ends of planes,
+constexpr int64_t kRunOfFew = 24;   // which then may be as short
 constexpr int64_t kRunBytes = 16 << 10;  // contiguous bytes a slab should read per outer index: four pages
 constexpr int64_t kMapBytes = 1 << 20;   // where nothing is reduced, of large tensors: memory order is best
 constexpr int64_t kColumnBytes =
@@ -51,8 +53,9 @@ Geometry make_geometry(const Extent& extent, bool maps_only) {
   Geometry geometry{one_run_if_one_channel(extent)};
   const Extent& e = geometry.extent;
   const int64_t long_run = maps_only ? kMappedRun : kLongRun;
-  const bool planes =
-      e.channels == 1 || e.inner >= long_run || (e.inner >= kShortRun && e.inner % kLanes == 0);
+  const bool planes = e.channels == 1 || e.inner >= long_run ||
+                      (e.inner >= kShortRun && e.inner % kLanes == 0) ||
+                      (e.inner >= kRunOfFew && e.outer <= kFewRows);
   geometry.traversal = planes ? Traversal::planes : Traversal::rows;
   const int64_t row = e.channels * e.inner;
   if (geometry.traversal == Traversal::rows && row > 0 && row < kFoldColumns) {
