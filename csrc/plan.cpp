@@ -135,6 +135,7 @@ Plan make_plan(const Problem& problem, const Machine& machine) {
   plan.slab_channels = std::max<int64_t>(1, plan.slab_channels);
   plan.slabs = ceil_div(e.channels, plan.slab_channels);
   plan.cache_bytes = maps_only ? 0 : plan.slab_channels * channel_bytes;
+  plan.next_fits = 2 * plan.cache_bytes <= machine.private_cache;
 
   // Chunks, where sums are taken from the shape alone: slab widths above depend on caches.
   const int64_t positions = plan.geometry.positions();

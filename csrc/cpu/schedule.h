@@ -127,7 +127,7 @@ void run(const Plan& plan, Work& work) {
       if (work.map == nullptr) return;
       for (int64_t chunk = plan.chunks; chunk-- > 0;) {
         Tile tile = tile_at(slab, chunk);
-        if (!last) tile.ahead = plan.slab_channels * geometry.extent.inner;
+        if (!last && plan.next_fits) tile.ahead = plan.slab_channels * geometry.extent.inner;
         call(work.map, tile, nullptr);
       }
     };
