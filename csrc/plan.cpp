@@ -99,7 +99,8 @@ Plan make_plan(const Problem& problem, const Machine& machine) {
   const int64_t tensor_bytes = e.numel() * element;
   const int64_t kept = std::max<int64_t>(tensors.read_by_reduce, 1);  // tensors between the two passes
 
-  // Slab width. Channels are grouped until a slab reads kRunBytes in one go, then as cache allows.
+  // Slab width. Channels are grouped until a slab reads kRunBytes in one go, then as cache allows; where
+  // nothing is reduced, until it reads kMapBytes or one of few parts.
   const int64_t threads = e.numel() < kSerialElements ? 1 : std::max(1, machine.threads);
   const int64_t parts = threads == 1 ? 1 : kFewParts;
   const int64_t share = std::max(machine.private_cache, machine.shared_cache / 2 / threads);

@@ -170,13 +170,15 @@ BOTH = PARAMETERS[0]
 
 # 1: a single channel; 3, 7: fewer than a vector; 16, 64: whole vectors; 33, 1001: and a remainder.
 CHANNELS = [1, 3, 7, 16, 33, 64, 1001]
-# (1, 1): planes that are no planes; (2, 1), (7, 7): shorter than a vector, many channels in one; (49, 1): the same,
-# flat; (17, 31): odd; (56, 56): a plane of whole vectors.
+# (1, 1): planes that are no planes; (2, 1): shorter than a vector, many channels in one; (7, 7): a few vectors and a
+# rest; (49, 1): the same, flat; (17, 31): odd; (56, 56): a plane of whole vectors.
 PLANES = [(1, 1), (2, 1), (7, 7), (49, 1), (17, 31), (56, 56)]
 # Elements: above it the float64 reference takes longer than it tells us.
 LARGEST = 1_000_000
 
 SIZES = [(3, c, *plane) for c in CHANNELS for plane in PLANES if 3 * c * plane[0] * plane[1] <= LARGEST]
+# More images than the CPU takes as planes when these are short: rows of many channels.
+SHORT_PLANES = [(5, c, 7, 7) for c in CHANNELS]
 VOLUMES = [(2, c, 3, 3, 3) for c in CHANNELS]
 MATRICES = [(n, c) for c in CHANNELS for n in (2, 65)]
 

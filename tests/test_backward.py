@@ -24,6 +24,7 @@ from cases import (
     MODES,
     PARAMETERS,
     SHAPE_OF_RANK,
+    SHORT_PLANES,
     SIZES,
     TRAIN,
     VOLUMES,
@@ -48,7 +49,7 @@ def test_matrix(layout: Layout, dtypes: Dtypes, mode: Mode, parameters: tuple[st
 
 @pytest.mark.parametrize("dtypes", [FLOAT32, BFLOAT16_WITH_FLOAT32], ids=str)
 @pytest.mark.parametrize("layout", ["nchw", "nhwc"])
-@pytest.mark.parametrize("shape", SIZES, ids=str)
+@pytest.mark.parametrize("shape", [*SIZES, *SHORT_PLANES], ids=str)
 def test_sizes(shape: tuple[int, ...], layout: str, dtypes: Dtypes, device: str) -> None:
     problem = make(shape, LAYOUT[layout], dtypes, TRAIN, device=device)
     problem.require_grad()

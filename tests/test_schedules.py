@@ -93,6 +93,7 @@ def test_tensors_that_fill_the_cache_are_fetched_ahead() -> None:
         (64, 3, 100, 30),
         (4, 256, 56, 14),
         (1, 512, 28, 28),
+        (1, 2048, 7, 7),
     ],
 )
 def test_inference_walks_memory_in_order(shape: tuple[int, ...], dtype: torch.dtype) -> None:
@@ -106,6 +107,12 @@ def test_inference_walks_memory_in_order(shape: tuple[int, ...], dtype: torch.dt
         1 << 20, math.prod(shape) * dtype.itemsize // 16
     )
     assert plan.slabs * plan.chunks >= 8
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_few_images_have_no_rows_to_share_a_sum(backward: bool) -> None:
+    traversals = [bnext.plan((images, 512, 7, 7), backward=backward).traversal for images in (1, 4, 5, 32)]
+    assert traversals == ["planes", "planes", "rows", "rows"]
 
 
 @pytest.mark.parametrize("backward", [False, True])

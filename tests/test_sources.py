@@ -100,6 +100,7 @@ def imports(path: Path) -> set[str]:
 def test_there_is_something_to_read() -> None:
     names = {name_of(path) for path in SOURCES}
     assert {"bnext/modules.py", "csrc/ops.cpp", "csrc/cpu/loops.h", "tests/test_sources.py"} <= names
+    assert {"loops.h", "folds_forward.h", "folds_backward.h"} <= {path.name for path in per_instruction_set()}
 
 
 @pytest.mark.parametrize("path", sorted(set(SOURCES) - GENERATED), ids=name_of)
@@ -142,7 +143,6 @@ def per_instruction_set() -> list[Path]:
 @pytest.mark.parametrize("path", per_instruction_set(), ids=name_of)
 def test_what_is_compiled_for_one_instruction_set_is_not_shared(path: Path) -> None:
     """A standard function that was not inlined there would be the linker's choice for every machine."""
-    assert len(per_instruction_set()) > 8
     assert set(re.findall(r"\bstd::(\w+)", code(path))) <= {"is_same_v", "conditional_t"}
 
 

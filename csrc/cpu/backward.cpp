@@ -5,6 +5,7 @@
 
 #include "cpu/launch.h"
 #include "cpu/schedule.h"
+#include "dispatch.h"
 
 namespace bnext::cpu {
 namespace {
@@ -29,7 +30,7 @@ struct BackwardWork {
         center(args.from_output ? new double[args.extent.channels] : nullptr),
         coefficients(args.dx != nullptr || args.activation ? new std::byte[kMaxCoefficients * stride()]
                                                            : nullptr),
-        vectors{args, center.get(), coefficients.get(), from_input(), false},
+        vectors{args, center.get(), coefficients.get(), from_input()},
         folds(instruction_set().folds(args.dtype)) {
     operands.x = args.x;
     operands.dy = args.dy;
@@ -56,7 +57,6 @@ struct BackwardWork {
       if (sums_wanted) reduce = find(Phase::grad_sums);
       if (args.dx != nullptr) map = find(args.batch_statistics ? Phase::input_grad : Phase::scale);
     }
-    vectors.maps = map != nullptr;
   }
 
   int64_t stride() const { return args.extent.channels * opmath_bytes(args.dtype); }  // bytes

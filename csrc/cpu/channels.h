@@ -12,12 +12,6 @@ BNEXT_INLINE void for_each_fold(int64_t begin, int64_t end, F f) {
     f(c, end - c < kFoldChannels ? end - c : kFoldChannels);
 }
 
-// f.operator()<A>() for the arithmetic type of dtype.
-template <class F>
-BNEXT_INLINE decltype(auto) with_opmath(Dtype dtype, F f) {
-  return dtype == Dtype::float64 ? f.template operator()<double>() : f.template operator()<float>();
-}
-
 // A NaN without the bits that its maker left in it: vector code rounds to bfloat16 without looking for them.
 BNEXT_INLINE double plain_nan(double value) { return value == value ? value : __builtin_nan(""); }
 

@@ -23,8 +23,6 @@ struct Tile {
 
 constexpr int kMaxCoefficients = 6;
 
-constexpr int64_t opmath_bytes(Dtype dtype) { return dtype == Dtype::float64 ? 8 : 4; }
-
 // Bits of a mask that a tile writes at once.
 constexpr int64_t kMaskWord = 16;
 
@@ -80,7 +78,6 @@ struct BackwardFold {
   double* center;      // per channel, where the output stands for x; else null
   void* coefficients;  // null: none are wanted
   bool from_input;     // scale and offset of the activation's input among them
-  bool maps;           // slope and offset of dx
 };
 
 // For channels [begin, end); sums[0] is that of begin, null where nothing was summed.
