@@ -20,9 +20,4 @@ BNEXT_HOST_DEVICE decltype(auto) dispatch(Dtype dtype, F&& f) {
   }
 }
 
-// Of the arithmetic type.
-BNEXT_HOST_DEVICE int64_t opmath_bytes(Dtype dtype) {
-  return dispatch(dtype, []<class T>() { return int64_t{sizeof(opmath_t<T>)}; });
-}
-
 }  // namespace bnext

@@ -6,7 +6,6 @@
 
 #include "cpu/launch.h"
 #include "cpu/schedule.h"
-#include "dispatch.h"
 
 namespace bnext::cpu {
 namespace {

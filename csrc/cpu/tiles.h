@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "args.h"
+#include "dispatch.h"
 #include "formulas.h"
 #include "plan.h"
 
@@ -22,6 +23,11 @@ struct Tile {
 };
 
 constexpr int kMaxCoefficients = 6;
+
+// Of the arithmetic type.
+BNEXT_HOST_DEVICE int64_t opmath_bytes(Dtype dtype) {
+  return dispatch(dtype, []<class T>() { return int64_t{sizeof(opmath_t<T>)}; });
+}
 
 // Bits of a mask that a tile writes at once.
 constexpr int64_t kMaskWord = 16;
