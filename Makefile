@@ -9,6 +9,8 @@
 #                a CUDA build of torch 2.11 or newer, pytest and NumPy. ARGS="--only smoke bench" runs a part.
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
+# The tests in processes of their own, whose threads do not keep a core busy while they wait.
+WORKERS ?= --numprocesses auto --maxprocesses 4 --dist loadfile
 
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -26,7 +28,7 @@ demo: $(BUILT)
 	$(PY) examples/digits.py
 
 test: $(BUILT)
-	$(PY) -m pytest $(ARGS)
+	OMP_WAIT_POLICY=passive $(PY) -m pytest $(WORKERS) $(ARGS)
 
 lint: $(TOOLS)
 	$(VENV)/bin/clang-format --dry-run -Werror $(CXX_FILES)

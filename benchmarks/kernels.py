@@ -144,25 +144,34 @@ def short_names(mangled: Iterable[str]) -> list[str]:
     return names
 
 
-def examine(source: Path, architecture: str) -> list[Kernel]:
-    """Every kernel of a file, compiled as setup.py compiles it."""
+def _said(what: str, *command: str) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    log = done.stdout + done.stderr
+    if done.returncode != 0:
+        raise CompilationFailed(f"{what} does not compile:\n{log.strip()}")
+    return log
+
+
+def examine(source: Path, ptx: str, architectures: Sequence[str]) -> list[Kernel]:
+    """Every kernel of a file for the architectures that share their PTX, compiled as setup.py compiles it."""
+    found: list[Kernel] = []
     with TemporaryDirectory() as folder:
-        cubin = str(Path(folder, "kernels.cubin"))
-        target = [f"-arch=sm_{nvcc.number(architecture)}", "-cubin", "-Xptxas=-v", "-o", cubin]
-        command = [find_compiler(), *nvcc.FLAGS, *target, str(source)]
-        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-        log = done.stdout + done.stderr
-        if done.returncode != 0:
-            raise CompilationFailed(f"{source.name} for {architecture} does not compile:\n{log.strip()}")
-        listing = subprocess.run(
-            [find_disassembler(), "-c", cubin], capture_output=True, text=True, check=True
-        )
-    kernels, codes = resources(log, architecture), sass.codes(listing.stdout)
-    for mangled, kernel in kernels.items():
-        read(kernel, codes[mangled])
-    for kernel, name in zip(kernels.values(), short_names(kernels), strict=True):
-        kernel.name = name
-    return sorted(kernels.values(), key=lambda kernel: kernel.name)
+        assembly, cubin = str(Path(folder, "kernels.ptx")), str(Path(folder, "kernels.cubin"))
+        nvcc_with = [find_compiler(), *nvcc.FLAGS]
+        _said(f"{source.name} for {ptx}", *nvcc_with, f"-arch={ptx}", "-ptx", "-o", assembly, str(source))
+        for name in architectures:
+            target = [f"-arch={nvcc.real(name)}", "-cubin", "-Xptxas=-v", "-o", cubin]
+            log = _said(f"{source.name} for {name}", *nvcc_with, *target, assembly)
+            listing = subprocess.run(
+                [find_disassembler(), "-c", cubin], capture_output=True, text=True, check=True
+            )
+            kernels, codes = resources(log, name), sass.codes(listing.stdout)
+            for mangled, kernel in kernels.items():
+                read(kernel, codes[mangled])
+            for kernel, short in zip(kernels.values(), short_names(kernels), strict=True):
+                kernel.name = short
+            found += kernels.values()
+    return sorted(found, key=lambda kernel: kernel.name)
 
 
 def show(kernels: Sequence[Kernel], console: Console) -> None:
@@ -209,11 +218,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console = Console()
     if not console.is_terminal:
         console.width = max(console.width, MINIMUM_WIDTH)
-    work = [(source, name) for source in sorted(ROOT.glob(nvcc.SOURCES)) for name in options.arch]
+    sharing: dict[str, list[str]] = {}
+    for name in options.arch:
+        sharing.setdefault(nvcc.virtual(name), []).append(name)
+    work = [(source, *shared) for source in sorted(ROOT.glob(nvcc.SOURCES)) for shared in sharing.items()]
     kernels: list[Kernel] = []
     faults: list[str] = [] if work else [f"there is no {nvcc.SOURCES}"]
     with ThreadPoolExecutor(nvcc.jobs()) as pool:
-        running = [pool.submit(examine, source, name) for source, name in work]
+        running = [pool.submit(examine, *one) for one in work]
         for result in track(running, description="compiling", console=Console(stderr=True)):
             try:
                 kernels += result.result()

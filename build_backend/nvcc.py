@@ -29,6 +29,8 @@ FLAGS = [
 ]
 # Turing to Blackwell, as far as the nvcc at hand knows them. PTX of the newest is for GPUs yet to come.
 ARCHITECTURES = ["7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0"]
+# From which one's PTX another is assembled, where the kernels make no difference between the two: PTX is half the work.
+ASSEMBLED_FROM = {"8.6": "8.0", "8.9": "8.0", "12.0": "10.0"}
 WISHES = "TORCH_CUDA_ARCH_LIST"
 # The runtime's names stay inside the extension: a CUDA build of torch brings another runtime, for everybody to see.
 RUNTIME = ["-lcudart_static", "-ldl", "-lpthread", "-lrt", "-Wl,--exclude-libs,libcudart_static.a"]
@@ -45,9 +47,15 @@ def jobs() -> int:
     return int(os.environ.get("MAX_JOBS") or len(os.sched_getaffinity(0)))
 
 
-def number(architecture: str) -> str:
-    """What nvcc calls it: 9.0 is 90."""
-    return architecture.removesuffix("+PTX").replace(".", "")
+def real(architecture: str) -> str:
+    """What nvcc calls its machine code: sm_90 is that of 9.0."""
+    return f"sm_{architecture.removesuffix('+PTX').replace('.', '')}"
+
+
+def virtual(architecture: str) -> str:
+    """What nvcc calls the PTX that its machine code is made from: compute_90 is that of 9.0."""
+    name = architecture.removesuffix("+PTX")
+    return f"compute_{ASSEMBLED_FROM.get(name, name).replace('.', '')}"
 
 
 @dataclass(frozen=True)
@@ -99,14 +107,13 @@ def _architectures(nvcc: str) -> list[str]:
                 sys.exit(f"{WISHES} is a list of numbers such as 9.0 or 9.0+PTX, and {name!r} is none.")
         return wished
     known = _output(nvcc, "--list-gpu-code").split()
-    default = [name for name in ARCHITECTURES if f"sm_{number(name)}" in known]
+    default = [name for name in ARCHITECTURES if real(name) in known]
     return [*default[:-1], f"{default[-1]}+PTX"]
 
 
 def _generate(architecture: str) -> str:
-    compute, sm = f"compute_{number(architecture)}", f"sm_{number(architecture)}"
-    code = f"[{sm},{compute}]" if architecture.endswith("+PTX") else sm
-    return f"-gencode=arch={compute},code={code}"
+    ptx, code = virtual(architecture), real(architecture)
+    return f"-gencode=arch={ptx},code=" + (f"[{code},{ptx}]" if architecture.endswith("+PTX") else code)
 
 
 def _output(*command: str) -> str:

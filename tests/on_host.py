@@ -5,6 +5,7 @@ A variant is how one is compiled: plain, or for a sanitizer, `address` (with und
 
 from __future__ import annotations
 
+import fcntl
 import functools
 import os
 import shlex
@@ -80,13 +81,7 @@ def _object(folder: Path, source: Path, command: list[str]) -> Path:
     return target
 
 
-def build(name: str, variant: str, sources: Sequence[Path], flags: Sequence[str] = ()) -> Path:
-    """The executable of these sources, .cu as C++. Skips the test if the compiler cannot make the variant."""
-    reason = unavailable(variant)
-    if reason is not None:
-        pytest.skip(reason)
-    folder = BUILT / variant / name
-    folder.mkdir(parents=True, exist_ok=True)
+def _built(folder: Path, name: str, variant: str, sources: Sequence[Path], flags: Sequence[str]) -> Path:
     command = _compile(variant, flags)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = list(pool.map(lambda source: _object(folder, source, command), sources))
@@ -99,6 +94,21 @@ def build(name: str, variant: str, sources: Sequence[Path], flags: Sequence[str]
         _run(command)
         said.write_text(line)
     return program
+
+
+def build(name: str, variant: str, sources: Sequence[Path], flags: Sequence[str] = ()) -> Path:
+    """The executable of these sources, .cu as C++. Skips the test if the compiler cannot make the variant.
+
+    Processes that want the same one wait for the first to have built it.
+    """
+    reason = unavailable(variant)
+    if reason is not None:
+        pytest.skip(reason)
+    folder = BUILT / variant / name
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return _built(folder, name, variant, sources, flags)
 
 
 @functools.cache

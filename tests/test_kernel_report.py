@@ -75,7 +75,7 @@ def tools() -> None:
 def examined(tools: None, tmp_path_factory: pytest.TempPathFactory) -> dict[str, kernels.Kernel]:
     source = tmp_path_factory.mktemp("kernels") / "snippets.cu"
     source.write_text(SNIPPETS)
-    return {kernel.name: kernel for kernel in kernels.examine(source, "9.0")}
+    return {kernel.name: kernel for kernel in kernels.examine(source, "compute_90", ["9.0"])}
 
 
 def test_every_kernel_has_its_name(examined: dict[str, kernels.Kernel]) -> None:
@@ -119,8 +119,8 @@ def test_an_exempt_kernel_needs_a_reason(
 def test_a_warning_is_a_failure(tools: None, tmp_path: Path) -> None:
     source = tmp_path / "warning.cu"
     source.write_text("__global__ void unused_kernel(int* y) { int unused = 1; *y = 2; }\n")
-    with pytest.raises(kernels.CompilationFailed, match=r"warning\.cu for 9\.0[\s\S]*unused"):
-        kernels.examine(source, "9.0")
+    with pytest.raises(kernels.CompilationFailed, match=r"warning\.cu for compute_90[\s\S]*unused"):
+        kernels.examine(source, "compute_90", ["9.0"])
 
 
 LISTING = """
