@@ -9,7 +9,7 @@
 #                a CUDA build of torch 2.11 or newer, pytest and NumPy. ARGS="--only smoke bench" runs a part.
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
-# The tests in processes of their own, whose threads do not keep a core busy while they wait.
+# Several processes test (WORKERS= for one, as --pdb needs); their threads do not keep a core busy while they wait.
 WORKERS ?= --numprocesses auto --maxprocesses 4 --dist loadfile
 
 VENV := .venv
