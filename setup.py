@@ -43,16 +43,28 @@ def cuda_decision() -> tuple[bool, str]:
     return build, reason
 
 
+# Editable builds get a new temporary directory each time, where ninja would find nothing to keep.
+OBJECTS = Path("build", f"objects.{sysconfig.get_platform()}-{sys.implementation.cache_tag}")
+
+
+def write_config(header: Path) -> None:
+    """What was decided on CUDA, for the few files that ask: another decision compiles only these again."""
+    decisions = {"CUDA": int(cuda), "TORCH_CUDA": int(torch_cuda), "CUDA_REASON": f'"{cuda_reason}"'}
+    text = "".join(f"#define BNEXT_{name} {value}\n" for name, value in decisions.items())
+    if not header.exists() or header.read_text() != text:
+        header.parent.mkdir(parents=True, exist_ok=True)
+        header.write_text(text)
+
+
 class BuildAndRecord(BuildExtension):
     """Builds where the next build finds its objects again, and notes the torch it built against."""
 
     def finalize_options(self) -> None:
         super().finalize_options()
-        # Editable builds get a new temporary directory each time, where ninja would find nothing to keep.
-        tag = f"{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
-        self.build_temp = os.path.join("build", f"objects.{tag}")
+        self.build_temp = str(OBJECTS)
 
     def build_extensions(self) -> None:
+        write_config(OBJECTS / "build_config.h")
         if toolkit:
             objects = toolkit.compile(Path(self.build_temp, "csrc", "cuda"))
             for extension in self.extensions:
@@ -79,13 +91,13 @@ setup(
         CppExtension(
             "bnext._C",
             sources=sorted(str(path) for path in Path("csrc").rglob("*.cpp")),
-            include_dirs=[str(Path("csrc").resolve()), *(toolkit.include if toolkit else [])],
-            define_macros=[  # the first makes ninja compile again for another torch: another command line
-                ("BNEXT_TORCH_VERSION", f'"{torch.__version__}"'),
-                ("BNEXT_CUDA_REASON", f'"{cuda_reason}"'),
-                *[("BNEXT_CUDA", "1")] * cuda,
-                *[("BNEXT_TORCH_CUDA", "1")] * torch_cuda,
+            include_dirs=[
+                str(Path("csrc").resolve()),
+                str(OBJECTS.resolve()),
+                *(toolkit.include if toolkit and torch_cuda else []),
             ],
+            # Makes ninja compile again for another torch: another command line.
+            define_macros=[("BNEXT_TORCH_VERSION", f'"{torch.__version__}"')],
             extra_compile_args=COMPILE,
             extra_link_args=[*LINK, *(toolkit.link if toolkit else [])],
             libraries=["c10_cuda"] * torch_cuda,

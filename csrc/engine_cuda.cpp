@@ -9,6 +9,7 @@
 #include <mutex>
 #include <utility>
 
+#include "build_config.h"  // written by setup.py
 #include "cuda/launch.h"
 
 #if BNEXT_TORCH_CUDA

@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "build_config.h"  // written by setup.py
 #include "calls.h"
 #include "cpu/launch.h"
 #include "cpu/memory.h"
@@ -15,10 +16,6 @@
 #include "direct_call.h"
 #include "ops.h"
 #include "plan_bindings.h"
-
-#if !defined(BNEXT_CUDA_REASON)
-#define BNEXT_CUDA_REASON "not decided by the build"
-#endif
 
 TORCH_LIBRARY(bnext, m) {
   // Batch normalization of x over all dimensions but 1. stats (2, C), float64: the mean and 1/sqrt(var + eps)

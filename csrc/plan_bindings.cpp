@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "build_config.h"  // written by setup.py
 #include "checks.h"
 #include "cpu/launch.h"
 #include "cuda/launch.h"
