@@ -97,6 +97,7 @@ py::dict build_info() {
 #endif
   info["private_cache"] = machine.private_cache;
   info["shared_cache"] = machine.shared_cache;
+  info["cache_of_host"] = machine.cache_of_host;
 #if BNEXT_CUDA
   info["cuda"] = true;
 #else

@@ -176,9 +176,9 @@ Plan make_plan(const Problem& problem, const Machine& machine) {
       (std::max(tensors.read_by_reduce, tensors.read_by_map) + tensors.written) * tensor_bytes +
       problem.mask * mask;
 
-  // Past the cache only what would hardly stay there: the call's tensors exceed it, or in training two
-  // thirds of it, where the rest of a step has some too. Whole lines only: a line that is half streamed, half
-  // cached costs several times what streaming saves.
+  // Past the cache only what would hardly stay there: the call's tensors exceed it, or two thirds of it where
+  // others use it too, in training the rest of a step, on a host other machines. Whole lines only: a line
+  // that is half streamed, half cached costs several times what streaming saves.
   const auto whole_lines = [&](int64_t elements) { return elements * element % kLineBytes == 0; };
   bool in_lines = whole_lines(e.inner);
   if (plan.geometry.traversal == Traversal::rows) {
@@ -188,7 +188,8 @@ Plan make_plan(const Problem& problem, const Machine& machine) {
     in_lines = whole_lines(plan.slab_channels * e.inner) && whole_lines(e.channels * e.inner);
   }
   const int64_t last_cache = std::max(machine.private_cache, machine.shared_cache);
-  const int64_t room = problem.pass == Pass::inference ? last_cache : last_cache / 3 * 2;
+  const bool alone = problem.pass == Pass::inference && !machine.cache_of_host;
+  const int64_t room = alone ? last_cache : last_cache / 3 * 2;
   plan.beyond_cache = plan.bytes_minimum > room;
   plan.streaming_stores = plan.beyond_cache && in_lines && machine.shared_cache > 0;
   return plan;

@@ -48,7 +48,8 @@ struct Problem {
 struct Machine {
   int threads = 1;
   int64_t private_cache = 1 << 20;  // bytes of the largest cache a core has to itself
-  int64_t shared_cache = 0;         // bytes of the last-level cache
+  int64_t shared_cache = 0;         // bytes of the last-level cache that can be counted on
+  bool cache_of_host = false;       // there is more of it, which other machines on the host use too
 };
 
 // How positions and columns follow from an extent.

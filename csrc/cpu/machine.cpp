@@ -85,7 +85,9 @@ Machine machine(int threads) {
     Machine m;
     if (const int64_t bytes = cache_bytes(2)) m.private_cache = bytes;
     const int64_t processors = std::max(1u, std::thread::hardware_concurrency());
-    m.shared_cache = std::min(cache_bytes(3), processors * kSharedPerProcessor);
+    const int64_t reported = cache_bytes(3), ours = processors * kSharedPerProcessor;
+    m.shared_cache = std::min(reported, ours);
+    m.cache_of_host = reported > ours;
     return m;
   }();
   Machine m = caches;
