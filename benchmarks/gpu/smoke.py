@@ -1,6 +1,6 @@
 """The first thing to run: one call of everything, against torch in float64 on the CPU, with the largest errors.
 
-    python -m benchmarks.gpu.smoke              every dtype, layout and mode; goes on after a failure
+    python -m benchmarks.gpu.smoke              every dtype, layout, mode and form; goes on after a failure
     python -m benchmarks.gpu.smoke --small      the smallest shapes alone: what compute-sanitizer is given
 
 Input is made on the CPU: what runs on the device is bnext's, and copies.
@@ -32,7 +32,42 @@ DTYPES = {
     "float16 with float32": (torch.float16, torch.float32),
     "bfloat16 with float32": (torch.bfloat16, torch.float32),
 }
-RESULTS = ("y", "dx", "dweight", "dbias", "running_mean", "running_var")
+RESULTS = ("y", "dx", "dweight", "dbias", "running_mean", "running_var", "dresidual")
+
+OF_ELEMENTS = ("y", "dx", "dresidual")
+
+
+@dataclass(frozen=True)
+class Form:
+    """What the call does beside batch normalization, and of which DTYPES it is tried."""
+
+    name: str = "plain"
+    activation: str | None = None
+    residual: bool = False
+    inplace: bool = False
+    dtypes: tuple[str, ...] = ("float32", "bfloat16 with float32")
+
+
+# z computed again from x; a bit per element; z from x and the residual; everything from y.
+FORMS = (
+    Form(dtypes=tuple(DTYPES)),
+    Form("silu", "silu"),
+    Form("add", None, residual=True),
+    Form("add relu", "relu", residual=True),
+    Form("add gelu", "gelu", residual=True),
+    Form(
+        "in place", "leaky_relu", inplace=True, dtypes=("float32",)
+    ),  # 16 bits: y keeps less than is allowed
+)
+ACTIVATIONS = {
+    None: lambda z: z,
+    "silu": nn.functional.silu,
+    "relu": nn.functional.relu,
+    "gelu": nn.functional.gelu,
+    "leaky_relu": nn.functional.leaky_relu,
+}
+# Of z, relative to its largest value. Nearer to 0 dy is 0, for rounding may choose the other slope there.
+NEAR_ZERO = 1e-5
 
 
 @dataclass(frozen=True)
@@ -41,57 +76,74 @@ class Call:
     layout: str
     dtypes: str
     training: bool
+    form: Form = FORMS[0]
 
     def __str__(self) -> str:
         shape = "x".join(map(str, self.shape))
-        return f"{self.dtypes:<22}{self.layout:<6}{shape:<14}{'train' if self.training else 'eval':<6}"
+        mode = "train" if self.training else "eval"
+        return f"{self.dtypes:<22}{self.layout:<6}{shape:<14}{mode:<6}{self.form.name:<9}"
 
 
 def calls(small: bool) -> Iterator[Call]:
     for shapes in (SMALL,) if small else (SMALL, LARGE):
-        for dtypes in DTYPES:
-            for layout, shape in shapes.items():
-                for training in (True, False):
-                    yield Call(shape, layout, dtypes, training)
+        for form in FORMS:
+            for dtypes in form.dtypes:
+                for layout, shape in shapes.items():
+                    for training in (True, False):
+                        yield Call(shape, layout, dtypes, training, form)
 
 
-def _inputs(call: Call) -> tuple[Tensor, Tensor, nn.Module]:
-    """x and dy, and a layer in the middle of its training, all of the call's dtypes, on the CPU."""
+def _inputs(call: Call) -> tuple[list[Tensor], nn.Module]:
+    """x, dy and a residual, and a layer in the middle of its training, all of the call's dtypes, on the CPU."""
     generator = torch.Generator().manual_seed(17)
     dtype, parameters = DTYPES[call.dtypes]
     kind = bnext.BatchNorm1d if len(call.shape) == 2 else bnext.BatchNorm2d
-    layer = kind(call.shape[1], dtype=parameters).train(call.training)
+    form = call.form
+    layer = kind(call.shape[1], dtype=parameters, activation=form.activation, inplace=form.inplace)
+    layer.train(call.training)
     with torch.no_grad():
         for name, tensor in layer.state_dict().items():
             if tensor.is_floating_point():
                 values = torch.rand(tensor.shape, generator=generator)
                 tensor.copy_(values + 0.5 if name in ("weight", "running_var") else values - 0.5)
-    x, dy = (torch.randn(call.shape, generator=generator).add_(shift).to(dtype) for shift in (1.5, 0))
+    tensors = [torch.randn(call.shape, generator=generator).add_(shift).to(dtype) for shift in (1.5, 0, 0.5)]
     if call.layout == "nhwc":
-        x, dy = (tensor.contiguous(memory_format=torch.channels_last) for tensor in (x, dy))
-    return x, dy, layer
+        tensors = [tensor.contiguous(memory_format=torch.channels_last) for tensor in tensors]
+    return tensors, layer
 
 
-def _step(layer: nn.Module, x: Tensor, dy: Tensor) -> dict[str, Tensor]:
-    x.requires_grad_()
-    y = layer(x)
-    gradients = torch.autograd.grad(y, (x, layer.weight, layer.bias), dy)
-    return dict(zip(RESULTS, (y.detach(), *gradients, layer.running_mean, layer.running_var), strict=True))
+def _step(call: Call, layer: nn.Module, x: Tensor, dy: Tensor, residual: Tensor) -> dict[str, Tensor]:
+    """Of bnext's layer, or of torch's with the rest of the form behind it."""
+    inputs = (x.requires_grad_(), residual.requires_grad_())[: 1 + call.form.residual]
+    if type(layer).__module__.startswith("bnext"):
+        y = layer(x.clone(memory_format=torch.preserve_format) if call.form.inplace else x, *inputs[1:])
+    else:
+        z = layer(x) + residual if call.form.residual else layer(x)
+        if call.form.activation is not None:
+            dy.masked_fill_(z.detach().abs() <= NEAR_ZERO * z.detach().abs().max(), 0)
+        y = ACTIVATIONS[call.form.activation](z)
+    dx, *dresidual, dweight, dbias = torch.autograd.grad(y, (*inputs, layer.weight, layer.bias), dy)
+    results = (y.detach(), dx, dweight, dbias, layer.running_mean, layer.running_var, *dresidual)
+    return dict(zip(RESULTS, results, strict=False))
 
 
-def _reference(layer: nn.Module, x: Tensor, dy: Tensor) -> dict[str, Tensor]:
-    """torch's layer in float64, from the same stored values."""
-    kind = nn.BatchNorm1d if x.dim() == 2 else nn.BatchNorm2d
-    wide = kind(x.shape[1], dtype=torch.float64).train(layer.training)
+def _reference(call: Call, layer: nn.Module, tensors: Sequence[Tensor]) -> dict[str, Tensor]:
+    """torch's layer in float64, from the same stored values. Leaves dy of 0 where no slope is certain."""
+    kind = nn.BatchNorm1d if len(call.shape) == 2 else nn.BatchNorm2d
+    wide = kind(call.shape[1], dtype=torch.float64).train(layer.training)
     wide.load_state_dict(layer.state_dict())
-    return _step(wide, x.detach().double(), dy.double())
+    x, dy, residual = (tensor.double() for tensor in tensors)
+    results = _step(call, wide, x, dy, residual)
+    tensors[1].masked_fill_(dy == 0, 0)
+    return results
 
 
 def errors(call: Call, device: str) -> dict[str, tuple[float, float]]:
     """Of each result: the largest error relative to the largest value, and what is allowed of it."""
-    x, dy, layer = _inputs(call)
-    expected = _reference(layer, x, dy)
-    found = _step(layer.to(device), x.to(device), dy.to(device))
+    tensors, layer = _inputs(call)
+    x = tensors[0]
+    expected = _reference(call, layer, tensors)
+    found = _step(call, layer.to(device), *(tensor.to(device) for tensor in tensors))
     dtype, parameters = DTYPES[call.dtypes]
     elements, sums = TOLERANCES[dtype]
     if parameters.itemsize == 2:  # rounded to 16 bits themselves
@@ -100,7 +152,7 @@ def errors(call: Call, device: str) -> dict[str, tuple[float, float]]:
     for name, want in expected.items():
         got = found[name].cpu().double()
         error = (got - want).abs().max() / want.abs().max()
-        worst[name] = (float(error), elements if name in ("y", "dx") else sums)
+        worst[name] = (float(error), elements if name in OF_ELEMENTS else sums)
     if found["y"].stride() != x.stride() or found["dx"].stride() != x.stride():
         worst["strides"] = (math.inf, 0.0)
     if int(layer.num_batches_tracked) != int(call.training):
