@@ -146,3 +146,28 @@ def test_table_and_kept_run(tmp_path: Path) -> None:
     )  # a run from before it was kept
     (tmp_path / "run.json").write_text(old)
     assert report.read(tmp_path / "run.json")[0] == [replace(row, scheduled=None) for row in rows]
+
+
+def test_no_more_than_memory_allows() -> None:
+    pytest.importorskip("rich", reason="rich is in the bench extra: make lint installs it")
+    from benchmarks import limits
+    from benchmarks.report import Row
+
+    def row(operation: str, scheduled: int | None = None, shape: int = 56, **seconds: float) -> Row:
+        case = Case("given", operation, (32, 64, shape, shape), "float32", "contiguous")
+        return Row(
+            case, {name: Measurement(name, [time], [0.0]) for name, time in seconds.items()}, scheduled
+        )
+
+    tensor = 4 * 32 * 64 * 56 * 56
+    rows = [
+        row("eval", bnext=0.004, eager=0.005, clone=0.002),  # two tensors in 2 ms, by the copy
+        row("step", scheduled=8 * tensor, bnext=0.010, eager=0.040),  # five at least, eight as planned
+        row("step", shape=28, bnext=0.010, eager=0.040),  # no inference of it to compare with
+    ]
+    ((found, limit),) = limits.limits(rows)
+    assert found is rows[1]
+    assert limit.measured == pytest.approx(4)
+    assert limit.as_scheduled == pytest.approx(0.040 / 0.008)
+    assert limit.at_least == pytest.approx(0.040 / 0.005)
+    assert [found for found, _ in limits.limits(rows[1:])] == []
