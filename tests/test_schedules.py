@@ -79,7 +79,8 @@ def test_tensors_that_fill_the_cache_are_fetched_ahead() -> None:
     last = max(BUILD["private_cache"], BUILD["shared_cache"])
     for training in (True, False):  # a step's other operators want their part, a host's other machines too
         room = last // 3 * 2 if training or BUILD["cache_of_host"] else last
-        sizes = (1, 1000, room // 512, room // 512 + 1, last // 256)  # in rows of 64 numbers, read and written
+        fill = room // 512  # rows of 64 numbers, read and written
+        sizes = (1, 1000, fill, fill + 1, 2 * fill)
         plans = [bnext.plan((rows, 64), training=training) for rows in sizes]
         assert [plan.beyond_cache for plan in plans] == [plan.bytes_minimum > room for plan in plans]
         assert [plan.beyond_cache for plan in plans] == [False, False, False, True, True]
