@@ -157,7 +157,7 @@ def examine(source: Path, ptx: str, architectures: Sequence[str]) -> list[Kernel
     found: list[Kernel] = []
     with TemporaryDirectory() as folder:
         assembly, cubin = str(Path(folder, "kernels.ptx")), str(Path(folder, "kernels.cubin"))
-        nvcc_with = [find_compiler(), *nvcc.FLAGS]
+        nvcc_with = [find_compiler(), *nvcc.FLAGS, "-Werror=all-warnings"]
         _said(f"{source.name} for {ptx}", *nvcc_with, f"-arch={ptx}", "-ptx", "-o", assembly, str(source))
         for name in architectures:
             target = [f"-arch={nvcc.real(name)}", "-cubin", "-Xptxas=-v", "-o", cubin]

@@ -43,7 +43,9 @@ namespace {
 class Counters {
  public:
   // Of the first, or -1: there are not enough left.
-  int64_t get(void* stream, bool capturing, int64_t count) {
+  int64_t get(void* where, int64_t count) {
+    const bool capturing = cuda::is_capturing(where);
+    const uint64_t stream = capturing ? 0 : cuda::stream_id(where);
     const std::lock_guard<std::mutex> lock(mutex_);
     if (capturing) return take(count);
     Range& range = of_stream_[stream];
@@ -71,7 +73,7 @@ class Counters {
   }
 
   std::mutex mutex_;
-  std::map<void*, Range> of_stream_;
+  std::map<uint64_t, Range> of_stream_;  // by stream_id
   int64_t used_ = 0;
 };
 
@@ -117,8 +119,7 @@ void run_on(const Args& args, Pass pass, c10::Device device, Launch launch) {
   if (plan.reduces) {
     const int64_t count = plan.counters(), bytes = count * int64_t{sizeof(unsigned)};
     int64_t first = 0;
-    if (count > 0)
-      first = counters_of(device).get(workspace.stream, cuda::is_capturing(workspace.stream), count);
+    if (count > 0) first = counters_of(device).get(workspace.stream, count);
     const bool own = first < 0;  // none are left: some of the call's own, cleared by a node more
     const int64_t wanted = plan.scratch_bytes + (own ? bytes : 0);
     if (wanted > 0) scratch = at::empty({wanted}, at::TensorOptions().device(device).dtype(at::kByte));

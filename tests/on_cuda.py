@@ -62,13 +62,12 @@ class Step:
 
     def load(self, seed: int, *names: str) -> None:
         """Fresh values for x and dy, or for the named of them, in place."""
-        generator = torch.Generator().manual_seed(seed)
-        for name in ("x", "dy"):
+        for name in names or ("x", "dy"):
             tensor = getattr(self, name)
-            values = torch.randn(tensor.shape, generator=generator) * (seed + 1) + 0.5
-            if not names or name in names:
-                with torch.no_grad():
-                    tensor.copy_(values)
+            generator = torch.Generator(tensor.device).manual_seed(2 * seed + (name == "dy"))
+            values = torch.randn(tensor.shape, generator=generator, device=tensor.device)
+            with torch.no_grad():
+                tensor.copy_(values * (seed + 1) + 0.5)
 
     def state(self) -> list[Tensor]:
         return [buffer.clone() for buffer in self.layer.buffers()]

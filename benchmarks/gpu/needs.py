@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import subprocess
 from pathlib import Path
 
 OLDEST_TORCH = (2, 11)
@@ -16,8 +17,15 @@ def cuda_tool(name: str) -> str | None:
     found = shutil.which(name, path=str(Path(home) / "bin")) if home else None
     found = found or shutil.which(name)
     if found is None and name != "nvcc" and (nvcc := cuda_tool("nvcc")) is not None:
-        found = shutil.which(name, path=str(Path(nvcc).resolve().parent))
+        found = shutil.which(name, path=os.pathsep.join(_folders(nvcc)))
     return found
+
+
+def _folders(nvcc: str) -> list[str]:
+    """That of nvcc, and of the toolkit that it says it belongs to, for nvcc may be a script."""
+    dry = subprocess.run([nvcc, "--dryrun", "-c", "any.cu"], capture_output=True, text=True, check=False)
+    top = re.search(r"^#\$ TOP=(.*)$", dry.stdout + dry.stderr, re.MULTILINE)
+    return [str(Path(nvcc).resolve().parent), *([str(Path(top[1].strip()) / "bin")] if top else [])]
 
 
 def _torch_is_missing() -> str | None:

@@ -2,6 +2,7 @@
 
     python -m benchmarks.gpu.smoke              every dtype, layout, mode and form; goes on after a failure
     python -m benchmarks.gpu.smoke --small      the smallest shapes alone: what compute-sanitizer is given
+    python -m benchmarks.gpu.smoke --waiting    the resident engine, where blocks wait for others outside a cluster
 
 Input is made on the CPU: what runs on the device is bnext's, and copies.
 """
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -20,9 +22,12 @@ from torch import Tensor, nn
 import bnext
 from bnext.__main__ import TOLERANCES
 
-# Every size odd or not a multiple of a vector; then sizes that take more than one block in each direction.
-SMALL = {"nchw": (9, 37, 11, 13), "nhwc": (9, 37, 11, 13), "nc": (301, 37)}
-LARGE = {"nchw": (32, 96, 56, 56), "nhwc": (32, 96, 56, 56), "nc": (20_000, 256)}
+# Every size odd or not a multiple of a vector; then whole vectors, which bulk copies want.
+SMALL = (("nchw", (9, 37, 11, 13)), ("nhwc", (9, 37, 11, 13)), ("nc", (301, 37)), ("nchw", (8, 4, 64, 64)))
+# More than one block in each direction.
+LARGE = (("nchw", (32, 96, 56, 56)), ("nhwc", (32, 96, 56, 56)), ("nc", (20_000, 256)))
+# Blocks wait, by copies of either kind, in both directions, if the resident engine is forced.
+WAITING = (("nhwc", (32, 32, 32, 32)), ("nchw", (64, 4, 64, 64)), ("nc", (20_000, 256)))
 # Of x, and of weight, bias and the running statistics.
 DTYPES = {
     "float32": (torch.float32, torch.float32),
@@ -84,13 +89,28 @@ class Call:
         return f"{self.dtypes:<22}{self.layout:<6}{shape:<14}{mode:<6}{self.form.name:<9}"
 
 
-def calls(small: bool) -> Iterator[Call]:
-    for shapes in (SMALL,) if small else (SMALL, LARGE):
-        for form in FORMS:
-            for dtypes in form.dtypes:
-                for layout, shape in shapes.items():
-                    for training in (True, False):
-                        yield Call(shape, layout, dtypes, training, form)
+def calls(small: bool = False, waiting: bool = False) -> Iterator[Call]:
+    if waiting:
+        yield from (
+            Call(shape, layout, dtypes, True, form)
+            for form in FORMS
+            for dtypes in form.dtypes
+            for layout, shape in WAITING
+            if dtypes != "float64"  # streams
+        )
+        return
+    for form in FORMS:
+        for dtypes in form.dtypes:
+            for layout, shape in SMALL:
+                for training in (True, False):
+                    yield Call(shape, layout, dtypes, training, form)
+    if small:
+        return
+    for form in FORMS:
+        for dtypes in form.dtypes if form == FORMS[0] else form.dtypes[-1:]:
+            yield from (Call(shape, layout, dtypes, True, form) for layout, shape in LARGE)
+    for dtypes in FORMS[0].dtypes:
+        yield from (Call(shape, layout, dtypes, False) for layout, shape in LARGE)
 
 
 def _inputs(call: Call) -> tuple[list[Tensor], nn.Module]:
@@ -163,11 +183,14 @@ def errors(call: Call, device: str) -> dict[str, tuple[float, float]]:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="benchmarks.gpu.smoke", description=__doc__.splitlines()[0])
     parser.add_argument("--small", action="store_true", help="the smallest shapes alone")
+    parser.add_argument("--waiting", action="store_true", help="blocks that wait, by the resident engine")
     parser.add_argument("--device", default="cuda")
     options = parser.parse_args(arguments)
+    if options.waiting:
+        os.environ["BNEXT_CUDA_ENGINE"] = "resident"  # read at the first call
     print("largest errors against torch in float64 on the CPU, relative to the largest value")
     failed = 0
-    for call in calls(options.small):
+    for call in calls(options.small, options.waiting):
         try:
             found = errors(call, options.device)
         except Exception as error:

@@ -7,6 +7,7 @@ build.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import signal
@@ -23,8 +24,9 @@ from typing import Any
 from benchmarks.gpu.needs import cuda_tool
 
 ROOT = Path(__file__).resolve().parents[2]
-CUDA_TESTS = ("tests/test_cuda_graphs.py", "tests/test_cuda_calls.py", "tests/test_cuda_sizes.py")
+CUDA_TESTS = ("tests/test_cuda_graphs.py", "tests/test_cuda_calls.py")  # nothing beside them on the device
 BENCH_RESERVE = 30  # seconds that a case may take which began just in time
+SECONDS_TO_REPORT = 5  # of a stage that was interrupted
 LONGEST_LIST = 12  # of failures, in the summary
 
 PASSED, FAILED, SKIPPED = "passed", "failed", "skipped"
@@ -91,14 +93,14 @@ def _hypothesis(path: Path) -> bool:
     return "hypothesis" in path.read_text()
 
 
-def _sanitizer(tool: str, environment: dict[str, str]) -> Stage:
+def _sanitizer(tool: str, calls: str, seconds: float, environment: dict[str, str]) -> Stage:
     """Errors of calls are bnext's to report, which checks each of its own; torch tries some that may fail."""
     program = cuda_tool("compute-sanitizer")
     options = ("--tool", tool, "--error-exitcode", "1", "--report-api-errors", "no", "--print-limit", "20")
     return Stage(
-        tool,
-        45,
-        ("-m", "benchmarks.gpu.smoke", "--small"),
+        tool if calls == "small" else f"{tool}_{calls}",
+        seconds,
+        ("-m", "benchmarks.gpu.smoke", f"--{calls}"),
         skip="" if program else "compute-sanitizer is neither on PATH nor beside nvcc",
         environment=environment,
         prefix=(program or "compute-sanitizer", *options),
@@ -107,14 +109,16 @@ def _sanitizer(tool: str, environment: dict[str, str]) -> Stage:
 
 def stages(logs: Path, results: Path) -> list[Stage]:
     junit = logs / "cuda_tests.xml"
-    bench = 180
+    bench = 140
     return [
-        Stage("smoke", 40, ("-m", "benchmarks.gpu.smoke")),
+        Stage("smoke", 45, ("-m", "benchmarks.gpu.smoke")),
+        Stage("waiting", 15, ("-m", "benchmarks.gpu.smoke", "--waiting")),
         _tests(logs),
         Stage("cuda_tests", 60, _pytest(junit, *CUDA_TESTS), junit=junit),
         # Every tensor in memory of its own: torch's blocks would hide what runs over an edge.
-        _sanitizer("memcheck", {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}),
-        _sanitizer("racecheck", {}),
+        _sanitizer("memcheck", "small", 40, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}),
+        _sanitizer("memcheck", "waiting", 30, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}),
+        _sanitizer("racecheck", "small", 40, {}),
         Stage(
             "bench",
             bench,
@@ -157,9 +161,13 @@ def _details(stage: Stage, log: Sequence[str], outcome: str) -> list[str]:
 
 
 def _stop(process: subprocess.Popen[str]) -> None:
-    """With everything it started."""
-    if process.poll() is None:
-        os.killpg(process.pid, signal.SIGKILL)
+    """With everything it started. Interrupted first, for then pytest writes the report of what it has done."""
+    for how in (signal.SIGINT, signal.SIGKILL):
+        if process.poll() is not None:
+            return
+        os.killpg(process.pid, how)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(SECONDS_TO_REPORT)
 
 
 def run(stage: Stage, logs: Path) -> Outcome:

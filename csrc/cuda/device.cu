@@ -16,14 +16,30 @@ int64_t attribute(cudaDeviceAttr which, int index) {
 
 constexpr int kClusterBlocks = 8;  // of a cluster on every device that has any
 
+// Makes a device the current one as long as it lives. To set one makes a context on it, so no more than
+// needed.
+class OnDevice {
+ public:
+  explicit OnDevice(int index) {
+    require("bnext: the device", cudaGetDevice(&before_));
+    changed_ = index != before_;
+    if (changed_) require("bnext: the device", cudaSetDevice(index));
+  }
+  ~OnDevice() {
+    if (changed_) cudaSetDevice(before_);
+  }
+  OnDevice(const OnDevice&) = delete;
+  OnDevice& operator=(const OnDevice&) = delete;
+
+ private:
+  int before_ = 0;
+  bool changed_ = false;
+};
+
 // The architecture of the kernels that this device runs.
 int compiled_for_device(int index) {
-  int before = 0;
-  require("bnext: the device", cudaGetDevice(&before));
-  require("bnext: the device", cudaSetDevice(index));
-  const int architecture = compiled_for();
-  require("bnext: the device", cudaSetDevice(before));
-  return architecture;
+  const OnDevice on(index);
+  return compiled_for();
 }
 
 Device read_device(int index) {
@@ -62,6 +78,12 @@ const Device& device(int index) {
   Device*& found = known[static_cast<size_t>(index)];
   if (found == nullptr) found = new Device(read_device(index));
   return *found;
+}
+
+uint64_t stream_id(void* stream) {
+  unsigned long long id = 0;
+  require("bnext: a stream's number", cudaStreamGetId(static_cast<cudaStream_t>(stream), &id));
+  return id;
 }
 
 bool is_capturing(void* stream) {

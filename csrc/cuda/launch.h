@@ -34,6 +34,10 @@ int compiled_for();
 // Of the GPU with this index; read once.
 const Device& device(int index);
 
+// A number that no other stream has or will have; a handle may stand for another stream in another thread, or
+// later.
+uint64_t stream_id(void* stream);
+
 // Whether what is launched on the stream goes into a graph.
 bool is_capturing(void* stream);
 

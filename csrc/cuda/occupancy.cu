@@ -30,7 +30,9 @@ bool fits(const char* name, const void* kernel, int device, const Plan& plan) {
     cudaGetLastError();  // the device has no such clusters: the answer, and nobody else's error
     return false;
   }
-  int multiprocessors = 0;
+  int multiprocessors = 0, cooperative = 0;
+  require(name, cudaDeviceGetAttribute(&cooperative, cudaDevAttrCooperativeLaunch, device));
+  if (cooperative == 0) return false;
   require(name, cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device));
   require(name, cudaOccupancyMaxActiveBlocksPerMultiprocessor(&count, kernel, plan.reduce.threads,
                                                               static_cast<size_t>(plan.block_memory)));
