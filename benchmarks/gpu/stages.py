@@ -162,10 +162,9 @@ def _details(stage: Stage, log: Sequence[str], outcome: str) -> list[str]:
 
 def _stop(process: subprocess.Popen[str]) -> None:
     """With everything it started. Interrupted first, for then pytest writes the report of what it has done."""
-    for how in (signal.SIGINT, signal.SIGKILL):
-        if process.poll() is not None:
-            return
-        os.killpg(process.pid, how)
+    for how in (signal.SIGINT, signal.SIGKILL):  # what it started may outlive it
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, how)
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(SECONDS_TO_REPORT)
 

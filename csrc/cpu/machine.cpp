@@ -1,9 +1,9 @@
 // What this machine is: its caches and the best compiled instruction set it supports.
 #include <algorithm>
 #include <cstdint>
+#include <cstdio>
 #include <cstdlib>
 #include <cstring>
-#include <fstream>
 #include <stdexcept>
 #include <string>
 #include <thread>
@@ -57,18 +57,25 @@ const InstructionSet& instruction_set() {
 
 namespace {
 
+// The first word of a file, empty where there is none.
+std::string word_in(const std::string& path) {
+  char word[32] = "";
+  if (std::FILE* const file = std::fopen(path.c_str(), "r")) {
+    if (std::fscanf(file, "%31s", word) != 1) word[0] = 0;
+    std::fclose(file);
+  }
+  return word;
+}
+
 // Bytes of processor 0's data or unified cache, 0 where the system does not say. The C library's
 // sysconf is no help: on some virtual machines it reports the last-level cache of every socket together.
 int64_t cache_bytes(int level) {
   for (int index = 0; index < 8; ++index) {
     const std::string folder = "/sys/devices/system/cpu/cpu0/cache/index" + std::to_string(index) + "/";
-    int found = 0;
-    int64_t kilobytes = 0;
-    std::string type;
-    if (!(std::ifstream(folder + "level") >> found)) break;
-    std::ifstream(folder + "type") >> type;
-    if (found == level && type != "Instruction" && std::ifstream(folder + "size") >> kilobytes)
-      return kilobytes << 10;
+    const std::string found = word_in(folder + "level");
+    if (found.empty()) break;
+    if (found == std::to_string(level) && word_in(folder + "type") != "Instruction")
+      return std::atoll(word_in(folder + "size").c_str()) << 10;  // "2048K"
   }
   return 0;
 }
