@@ -26,7 +26,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.report import MINIMUM_WIDTH, Row, read
+from benchmarks.report import MINIMUM_WIDTH, Row, group_of, read
 
 SUBJECT, PEER = "bnext", "eager"
 
@@ -71,9 +71,7 @@ def show(rows: Sequence[Row], console: Console) -> None:
     """A line for each operation, dtype and layout: geometric means, the smallest in brackets."""
     groups: dict[tuple[str, ...], list[Limit]] = {}
     for row, limit in limits(rows):
-        case = row.case
-        key = (case.variant, case.shapes, case.operation, case.dtype, case.layout)
-        groups.setdefault(key, []).append(limit)
+        groups.setdefault(group_of(row.case), []).append(limit)
     table = Table(title=f"times faster than {PEER}: mean (worst)", title_justify="left")
     table.add_column("cases", no_wrap=True)
     for heading in ("measured", "all bytes moved at the fastest pass's rate", "the least bytes so"):

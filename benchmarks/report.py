@@ -81,12 +81,15 @@ def summarize(rows: Sequence[Row], subject: str, peer: str) -> Summary | None:
     )
 
 
+def group_of(case: Case) -> tuple[str, ...]:
+    """What the cases of a table have in common."""
+    return (case.variant, case.shapes, case.operation, case.dtype, case.layout)
+
+
 def _groups(rows: Iterable[Row]) -> dict[tuple[str, ...], list[Row]]:
     groups: dict[tuple[str, ...], list[Row]] = {}
     for row in rows:
-        case = row.case
-        key = (case.variant, case.shapes, case.operation, case.dtype, case.layout)
-        groups.setdefault(key, []).append(row)
+        groups.setdefault(group_of(row.case), []).append(row)
     return groups
 
 
