@@ -72,6 +72,12 @@ struct ScalarElementary {
   }
 };
 
+// Computed from elementary functions.
+constexpr bool is_smooth(Activation kind) {
+  return kind == Activation::silu || kind == Activation::gelu || kind == Activation::elu ||
+         kind == Activation::sigmoid || kind == Activation::tanh;
+}
+
 // Whose gradient is dy where activation_passes says so, blocked_grad of it elsewhere: one bit tells.
 constexpr bool is_masked(Activation kind) {
   return kind == Activation::relu || kind == Activation::leaky_relu || kind == Activation::relu6;

@@ -47,10 +47,14 @@ int64_t group_channels(const Extent& e, int lanes, int threads) {
   int64_t channels = 0;
   if (e.inner == 1) {
     const int64_t segment = kSegmentBytes / kVectorBytes * lanes;
-    channels =
-        std::max(segment, static_cast<int64_t>(std::sqrt(kFoldShare * static_cast<double>(e.channels))));
-    // Few rows: the threads of a block side by side rather than idle.
-    channels = std::max(channels, threads / std::max<int64_t>(1, e.outer / kBatch) * lanes);
+    const int64_t height = threads / (kSegmentBytes / kVectorBytes);
+    channels = segment;
+    if (e.outer > height * kBatch) {  // otherwise a block takes all rows in one go: no partial sums
+      const double balanced = std::sqrt(kFoldShare * static_cast<double>(e.channels));
+      channels = std::max(channels, static_cast<int64_t>(balanced));
+    }
+    // Fewer rows than that has threads: they stand side by side rather than idle.
+    channels = std::max(channels, threads / std::max<int64_t>(1, e.outer) * lanes);
     channels = channels / segment * segment;
   } else {
     channels = kShortRunVectors * lanes / e.inner;

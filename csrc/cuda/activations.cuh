@@ -34,12 +34,16 @@ BNEXT_DEVICE void with_activation(Activation kind, F f) {
   }
 }
 
-template <int kCount, class A>
+// kSmooth: it may be one of those with elementary functions. Their code, unrolled between that of the others,
+// would miss the instruction cache where none of it runs.
+template <bool kSmooth, int kCount, class A>
 BNEXT_DEVICE void activate_all(const ActivationSpec& activation, A (&z)[kCount]) {
   const A param = static_cast<A>(activation.param);
   with_activation(activation.kind, [&]<Activation kKind>() {
-    BNEXT_UNROLL
-    for (int k = 0; k < kCount; ++k) z[k] = activate<ScalarElementary>(kKind, param, z[k]);
+    if constexpr (kSmooth || !is_smooth(kKind)) {
+      BNEXT_UNROLL
+      for (int k = 0; k < kCount; ++k) z[k] = activate<ScalarElementary>(kKind, param, z[k]);
+    }
   });
 }
 

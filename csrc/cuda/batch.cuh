@@ -77,6 +77,20 @@ BNEXT_DEVICE void load_batch(const Operation& operation, const Span (&places)[kV
   load_bits<kWhole>(operation, places, batch);
 }
 
+// What load_batch will load from these places, towards L2.
+template <class Operation, int kVectors>
+BNEXT_DEVICE void fetch_batch(const Operation& operation, const Span (&places)[kVectors]) {
+  BNEXT_UNROLL
+  for (int i = 0; i < Operation::kInputs; ++i) {
+    const auto input = operation.input(i);
+    if (i >= Operation::kSureInputs && input.data == nullptr) continue;
+    BNEXT_UNROLL
+    for (int u = 0; u < kVectors; ++u) {
+      if (places[u].high > 0) fetch(input.data + places[u].at);
+    }
+  }
+}
+
 // Of output i; `vector` holds what belongs there.
 template <bool kWhole, class Operation>
 BNEXT_DEVICE void store_vector(const Operation& operation, int i, const Span& place, const Vector16& vector) {

@@ -83,6 +83,9 @@ BNEXT_DEVICE void store16(void* p, const Vector16& v, Reuse reuse) {
 }
 
 // What another block wrote: not from the cache of this multiprocessor.
+// Into L2, for a load that comes later. p: of a tensor, of any alignment.
+BNEXT_DEVICE void fetch(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
+
 BNEXT_DEVICE Vector16 load16_fresh(const void* p) {
   const uint4 v = __ldcg(static_cast<const uint4*>(p));
   return {{v.x, v.y, v.z, v.w}};
@@ -141,6 +144,8 @@ Vector16 load16(const void* p) {
 }
 
 inline void store16(void* p, const Vector16& v, Reuse) { aligned_at<Vector16>(model::displaced(p)) = v; }
+inline void fetch(const void*) {}
+
 inline Vector16 load16_fresh(const void* p) { return aligned_at<Vector16>(p); }
 
 template <class T>

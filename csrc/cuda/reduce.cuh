@@ -146,6 +146,23 @@ BNEXT_DEVICE void reduce_rows(const Reduction& r, Reducer& reducer) {
   const int index = static_cast<int>(thread_index()), threads = static_cast<int>(thread_count());
   const int row = at_columns.row, height = t.height;
 
+  const int64_t begin = chunk * t.chunk, end = min_of(begin + t.chunk, t.rows),
+                stride = height * t.row_length, base = at_columns.base;
+  // A batch of whole vectors from row `at` on.
+  const auto batch_at = [&](int64_t at, Span(&places)[kVectors]) {
+    const int64_t e = at * t.row_length + base;
+    const int left = static_cast<int>(min_of<int64_t>(end - at, kVectors * height));
+    BNEXT_UNROLL
+    for (int u = 0; u < kVectors; ++u) places[u] = {e + u * stride, 0, u * height < left ? kCount : 0};
+  };
+  int64_t at = begin + row;
+  const bool whole = r.aligned && lanes == kCount;
+  if (whole && at < end) {  // on its way while the centers are
+    Span first[kVectors];
+    batch_at(at, first);
+    fetch_batch(reducer, first);
+  }
+
   double* const memory = reinterpret_cast<double*>(block_memory());
   {
     auto* const centers = reinterpret_cast<Center*>(memory);  // [channel of the group]
@@ -157,18 +174,12 @@ BNEXT_DEVICE void reduce_rows(const Reduction& r, Reducer& reducer) {
   sync_block();
 
   Sums sums[kCount];
-  const int64_t begin = chunk * t.chunk, end = min_of(begin + t.chunk, t.rows),
-                stride = height * t.row_length, base = at_columns.base;
   const auto add = [&](auto& batch) { add_columns<0, kCount>(reducer, batch, centers, sums); };
-  int64_t at = begin + row;
-  if (r.aligned && lanes == kCount) {
+  if (whole) {
     BNEXT_NO_UNROLL
     for (; at < end; at += kVectors * height) {
-      const int64_t e = at * t.row_length + base;
-      const int left = static_cast<int>(min_of<int64_t>(end - at, kVectors * height));
       Span places[kVectors];
-      BNEXT_UNROLL
-      for (int u = 0; u < kVectors; ++u) places[u] = {e + u * stride, 0, u * height < left ? kCount : 0};
+      batch_at(at, places);
       reduce_batch<true>(reducer, places, centers.fill(), add);
     }
   } else if (lanes > 0) {
@@ -213,23 +224,33 @@ BNEXT_DEVICE void reduce_planes(const Reduction& r, Reducer& reducer) {
   const int64_t inner = r.extent.inner, threads = thread_count();
   const int64_t begin = chunk * t.chunk, end = min_of(begin + t.chunk, t.rows * t.vectors);
 
+  Walk walk(begin + thread_index(), threads, t.vectors);
+  int64_t at = begin + thread_index();
+  // A batch of whole vectors from position `first` on, where `from` stands.
+  const auto batch_at = [&](Walk& from, int64_t first, Span(&places)[kVectors]) {
+    BNEXT_UNROLL
+    for (int u = 0; u < kVectors; ++u) {
+      const int64_t run = (from.row * r.extent.channels + channel) * inner;
+      places[u] = {run + from.vector * kCount, 0, first + u * threads < end ? kCount : 0};
+      from.forward();
+    }
+  };
+  if (r.aligned) {  // on its way while the center is
+    Span first[kVectors];
+    Walk from = walk;
+    batch_at(from, at, first);
+    fetch_batch(reducer, first);
+  }
   const Center center = reducer.center(channel);
   typename Reducer::Centers centers;
   BNEXT_UNROLL
   for (int lane = 0; lane < kCount; ++lane) centers.set(lane, center);
   Sums sums;
-  Walk walk(begin + thread_index(), threads, t.vectors);
-  int64_t at = begin + thread_index();
   const auto add = [&](auto& batch) { add_run(reducer, batch, center, sums); };
   if (r.aligned) {
     for (; at < end; at += kVectors * threads) {
       Span places[kVectors];
-      BNEXT_UNROLL
-      for (int u = 0; u < kVectors; ++u) {
-        const int64_t run = (walk.row * r.extent.channels + channel) * inner;
-        places[u] = {run + walk.vector * kCount, 0, at + u * threads < end ? kCount : 0};
-        walk.forward();
-      }
+      batch_at(walk, at, places);
       reduce_batch<true>(reducer, places, centers.fill(), add);
     }
   }
