@@ -72,8 +72,8 @@ struct ScalarElementary {
   }
 };
 
-// Computed from elementary functions.
-constexpr bool is_smooth(Activation kind) {
+// Computed from an elementary function: exp, log1p, erf or tanh.
+constexpr bool is_elementary(Activation kind) {
   return kind == Activation::silu || kind == Activation::gelu || kind == Activation::elu ||
          kind == Activation::sigmoid || kind == Activation::tanh;
 }

@@ -53,7 +53,7 @@ int64_t group_channels(const Extent& e, int lanes, int threads) {
       const double balanced = std::sqrt(kFoldShare * static_cast<double>(e.channels));
       channels = std::max(channels, static_cast<int64_t>(balanced));
     }
-    // Fewer rows than that has threads: they stand side by side rather than idle.
+    // Fewer rows than a column of threads takes: threads side by side rather than idle.
     channels = std::max(channels, threads / std::max<int64_t>(1, e.outer) * lanes);
     channels = channels / segment * segment;
   } else {

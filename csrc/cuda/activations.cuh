@@ -34,13 +34,13 @@ BNEXT_DEVICE void with_activation(Activation kind, F f) {
   }
 }
 
-// kSmooth: it may be one of those with elementary functions. Their code, unrolled between that of the others,
-// would miss the instruction cache where none of it runs.
-template <bool kSmooth, int kCount, class A>
+// kElementary: it may be one that is_elementary. Those are most of a kernel's code, unrolled per vector; one
+// that runs none of them need not fetch its instructions from between theirs.
+template <bool kElementary, int kCount, class A>
 BNEXT_DEVICE void activate_all(const ActivationSpec& activation, A (&z)[kCount]) {
   const A param = static_cast<A>(activation.param);
   with_activation(activation.kind, [&]<Activation kKind>() {
-    if constexpr (kSmooth || !is_smooth(kKind)) {
+    if constexpr (kElementary || !is_elementary(kKind)) {
       BNEXT_UNROLL
       for (int k = 0; k < kCount; ++k) z[k] = activate<ScalarElementary>(kKind, param, z[k]);
     }

@@ -77,7 +77,7 @@ BNEXT_DEVICE void load_batch(const Operation& operation, const Span (&places)[kV
   load_bits<kWhole>(operation, places, batch);
 }
 
-// What load_batch will load from these places, towards L2.
+// The inputs that load_batch will load from these places, not the mask, towards L2.
 template <class Operation, int kVectors>
 BNEXT_DEVICE void fetch_batch(const Operation& operation, const Span (&places)[kVectors]) {
   BNEXT_UNROLL

@@ -26,30 +26,31 @@ moments_planes_kernel(const BNEXT_PARAMETER ForwardParams p) {
   reduce_planes(p.reduction, reducer);
 }
 
-template <class T, bool kJoined, bool kSmooth>
+template <class T, bool kJoined, bool kElementary>
 BNEXT_KERNEL(256, sizeof(T) == 8 || kJoined ? 2 : 3)
 normalize_rows_kernel(const BNEXT_PARAMETER ForwardParams p) {
   count_batch(p.args);
   if constexpr (kJoined) p.mask.clear_end();
-  NormalizeMap<T, kJoined, kSmooth> map{p};
+  NormalizeMap<T, kJoined, kElementary> map{p};
   map_rows(p.mapping, map);
 }
 
-template <class T, bool kJoined, bool kSmooth>
+template <class T, bool kJoined, bool kElementary>
 BNEXT_KERNEL(256, kJoined ? 2 : 3)
 normalize_planes_kernel(const BNEXT_PARAMETER ForwardParams p) {
   count_batch(p.args);
   if constexpr (kJoined) p.mask.clear_end();
-  NormalizeMap<T, kJoined, kSmooth> map{p};
+  NormalizeMap<T, kJoined, kElementary> map{p};
   map_planes(p.mapping, map);
 }
 
-template <class T, bool kJoined, bool kSmooth>
+template <class T, bool kJoined, bool kElementary>
 void launch_map(const ForwardParams& p, const Plan& plan, void* stream) {
   const bool rows = plan.map.traversal == Traversal::rows;
   launch(kName,
-         rows ? normalize_rows_kernel<T, kJoined, kSmooth> : normalize_planes_kernel<T, kJoined, kSmooth>,
-         plan.map, map_memory<NormalizeMap<T, kJoined, kSmooth>>(plan.map), stream, p);
+         rows ? normalize_rows_kernel<T, kJoined, kElementary>
+              : normalize_planes_kernel<T, kJoined, kElementary>,
+         plan.map, map_memory<NormalizeMap<T, kJoined, kElementary>>(plan.map), stream, p);
 }
 
 template <class T>
@@ -59,11 +60,11 @@ void launch_all(const ForwardParams& p, const Plan& plan, void* stream) {
     launch(kName, rows ? moments_rows_kernel<T> : moments_planes_kernel<T>, plan.reduce,
            reduce_memory<MomentsReducer<T>>(plan.reduce), stream, p);
   }
-  const bool smooth = is_smooth(p.args.activation.kind);
+  const bool elementary = is_elementary(p.args.activation.kind);
   if (p.args.residual != nullptr || p.mask.data != nullptr) {
-    smooth ? launch_map<T, true, true>(p, plan, stream) : launch_map<T, true, false>(p, plan, stream);
+    elementary ? launch_map<T, true, true>(p, plan, stream) : launch_map<T, true, false>(p, plan, stream);
   } else {
-    smooth ? launch_map<T, false, true>(p, plan, stream) : launch_map<T, false, false>(p, plan, stream);
+    elementary ? launch_map<T, false, true>(p, plan, stream) : launch_map<T, false, false>(p, plan, stream);
   }
 }
 

@@ -97,8 +97,8 @@ struct MomentsReducer {
   }
 };
 
-// kJoined: there may be a residual and a mask. kSmooth: the activation may be one that is_smooth.
-template <class T, bool kJoined, bool kSmooth = true>
+// kJoined: there may be a residual and a mask. kElementary: the activation may be one that is_elementary.
+template <class T, bool kJoined, bool kElementary = true>
 struct NormalizeMap {
   using Storage = T;
   using Math = opmath_t<T>;
@@ -164,7 +164,7 @@ struct NormalizeMap {
       }
       if (p.mask.data != nullptr) bits = passing(p.args.activation, z);
     }
-    activate_all<kSmooth>(p.args.activation, z);
+    activate_all<kElementary>(p.args.activation, z);
     return bits;
   }
 };
