@@ -57,6 +57,7 @@ class CudaDevice:
         spare_multiprocessors: int = 0,
         cluster_blocks: int = 1,
         bulk_copies: bool = False,
+        early_launches: bool = False,
     ) -> None: ...
     @property
     def multiprocessors(self) -> int: ...
@@ -84,6 +85,9 @@ class CudaDevice:
     @property
     def bulk_copies(self) -> bool:
         """Whether one instruction copies any number of bytes to shared memory (compute capability 9.0 and up)."""
+    @property
+    def early_launches(self) -> bool:
+        """Whether a kernel may begin before the one that it follows has ended (compute capability 9.0 and up)."""
 
 @final
 class CudaPlan:
@@ -114,6 +118,9 @@ class CudaPlan:
     @property
     def bulk_copies(self) -> bool:
         """Whether slabs come to shared memory in runs, each by one instruction."""
+    @property
+    def early_map(self) -> bool:
+        """Whether the kernel that maps begins while the one that reduces runs, and then waits for it."""
     @property
     def block_memory(self) -> int:
         """Bytes of shared memory that a resident block asks for."""

@@ -54,6 +54,7 @@ struct ForwardArgs {
   int64_t* num_batches_tracked = nullptr;
   double* mean = nullptr;    // out: statistics the output was normalised with
   double* invstd = nullptr;  // out
+  double* kept = nullptr;    // out, for a backward pass: weight (or 1), then bias (or 0)
   double eps = 0;
   double momentum = 0;      // weight of the new value
   bool cumulative = false;  // momentum = 1 / num_batches_tracked instead

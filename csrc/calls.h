@@ -35,6 +35,9 @@ struct ForwardCall {
     require_like_input("residual", residual, x);
   }
 
+  // Of stats.
+  int64_t stats_rows() const { return for_backward ? kKeptRows : kStatisticsRows; }
+
   // Bytes of the mask that backward will read; 0: none.
   template <class Size>
   Size mask_size(const Size& numel) const {
@@ -54,7 +57,7 @@ struct BackwardCall {
   void check() const {
     require_input(x, {});
     require_like_input("dy", dy, x);
-    ParameterDtype dtypes{x};
+    ParameterDtype dtypes{x, /*or_kept=*/true};
     const std::pair<const char*, const OptionalTensor&> vectors[] = {{"weight", weight}, {"bias", bias}};
     for (const auto& [name, vector] : vectors) {
       require_channel_vector(name, vector, x);

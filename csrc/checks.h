@@ -82,9 +82,11 @@ inline void require_channel_vector(const char* name, const std::optional<at::Ten
               v->layout());
 }
 
-// The input's dtype, or float32 beside a 16-bit input; the same for all.
+// The input's dtype, or float32 beside a 16-bit input; the same for all. Or float64, as the forward pass
+// keeps them.
 struct ParameterDtype {
   const at::Tensor& x;
+  bool or_kept = false;
   const char* first_name = nullptr;
   at::ScalarType dtype = at::ScalarType::Undefined;
 
@@ -92,9 +94,9 @@ struct ParameterDtype {
     if (!v.has_value() || !v->defined()) return;
     const auto got = v->scalar_type();
     const auto own = x.scalar_type();
-    TORCH_CHECK(got == own || (got == at::kFloat && is_16_bit(own)), "expected ", name, " to have dtype ",
-                c10::toString(own), is_16_bit(own) ? " or Float" : "", " beside an input of dtype ",
-                c10::toString(own), ", but got ", c10::toString(got));
+    TORCH_CHECK(got == own || (got == at::kFloat && is_16_bit(own)) || (or_kept && got == at::kDouble),
+                "expected ", name, " to have dtype ", c10::toString(own), is_16_bit(own) ? " or Float" : "",
+                " beside an input of dtype ", c10::toString(own), ", but got ", c10::toString(got));
     if (first_name == nullptr) {
       first_name = name;
       dtype = got;
@@ -192,8 +194,10 @@ inline void require_recoverable(const std::optional<at::Tensor>& weight) {
 }
 
 inline void require_statistics(const at::Tensor& stats, const at::Tensor& x) {
-  TORCH_CHECK(stats.dim() == 2 && stats.sym_size(0) == 2 && stats.sym_size(1) == x.sym_size(1),
-              "expected stats of size torch.Size([2, ", x.sym_size(1), "]), but got ", size_text(stats));
+  TORCH_CHECK(stats.dim() == 2 && (stats.sym_size(0) == 2 || stats.sym_size(0) == 4) &&
+                  stats.sym_size(1) == x.sym_size(1),
+              "expected stats of size torch.Size([2, ", x.sym_size(1), "]) or torch.Size([4, ", x.sym_size(1),
+              "]), but got ", size_text(stats));
   TORCH_CHECK(stats.scalar_type() == at::kDouble, "expected stats of dtype Double, but got ",
               c10::toString(stats.scalar_type()));
   require_same_device("stats", stats, x);

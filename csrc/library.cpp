@@ -19,10 +19,11 @@
 
 TORCH_LIBRARY(bnext, m) {
   // Batch normalization of x over all dimensions but 1. stats (2, C), float64: the mean and 1/sqrt(var + eps)
-  // that y was normalised with. training: batch statistics, running ones are updated if given; momentum None:
-  // cumulative average over num_batches_tracked. ndims: the ranks allowed, any from 2 if empty. residual:
-  // added before the activation, which goes by its name in activation.h. for_backward: also the mask (see
-  // args.h) that a residual and an activation with two slopes need, else mask is empty.
+  // that y was normalised with; for_backward (4, C), the weight (or 1) and the bias (or 0) besides. training:
+  // batch statistics, running ones are updated if given; momentum None: cumulative average over
+  // num_batches_tracked. ndims: the ranks allowed, any from 2 if empty. residual: added before the
+  // activation, which goes by its name in activation.h. for_backward: also the mask (see args.h) that a
+  // residual and an activation with two slopes need, else mask is empty.
   m.def(
       "batch_norm(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, "
       "Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, bool training, float? momentum, float eps, "
@@ -38,8 +39,9 @@ TORCH_LIBRARY(bnext, m) {
       "-> Tensor stats",
       {at::Tag::pt2_compliant_tag});
   // Their gradients, from the stats they returned and the mask, or else from the activation's input, computed
-  // again from x and residual. from_output: x is what batch_norm_ wrote. dweight and dbias are float32
-  // (float64 for float64 x); those not in output_mask are empty. Without an activation dresidual would be dy.
+  // again from x and residual. weight and bias may also be those of stats. from_output: x is what batch_norm_
+  // wrote. dweight and dbias are float32 (float64 for float64 x); those not in output_mask are empty. Without
+  // an activation dresidual would be dy.
   m.def(
       "batch_norm_backward(Tensor dy, Tensor x, Tensor? residual, Tensor? mask, Tensor? weight, Tensor? "
       "bias, "

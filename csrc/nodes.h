@@ -1,8 +1,8 @@
 // Autograd nodes of the operators.
 //
-// What the forward keeps: x, or y where that was written over x; copies of weight and, where it takes part in
-// the activation's input, bias; the statistics; between a residual and an activation the mask, or the
-// residual. Never a running buffer.
+// What the forward keeps: x, or y where that was written over x; the statistics, with weight and bias as they
+// were, for loading a state between forward and backward must not disturb backward; between a residual and an
+// activation the mask, or the residual. Never a running buffer.
 #pragma once
 
 #include <torch/csrc/autograd/functions/utils.h>
@@ -54,14 +54,16 @@ struct Likeness {
   at::DimVector sizes;
 
   explicit Likeness(const OptionalTensor& parameter) {
-    if (!present(parameter)) return;
+    if (!bnext::present(parameter)) return;
     dtype = parameter->scalar_type();
     sizes = parameter->sizes();
   }
   at::Tensor of(at::Tensor grad) const {
     if (grad.scalar_type() != dtype) grad = grad.to(dtype);
-    return sizes.size() == 1 ? grad : grad.view(sizes);
+    return shaped(std::move(grad));
   }
+  bool present() const { return dtype != at::ScalarType::Undefined; }
+  at::Tensor shaped(at::Tensor vector) const { return sizes.size() == 1 ? vector : vector.view(sizes); }
 };
 
 // An activation that outlives the call.
@@ -76,27 +78,41 @@ struct SavedActivation {
   }
 };
 
-// A copy of the weight that stands in the graph where the weight does: loading a state between forward and
-// backward must not disturb backward.
-inline at::Tensor copy_for_backward(const OptionalTensor& weight) {
-  if (!present(weight)) return {};
-  at::Tensor copy;
-  {
+// A parameter as it was at the forward pass, in the graph where the parameter is.
+class KeptParameter {
+ public:
+  Likeness like;
+
+  // Under torch.func's transforms the outer levels have graphs of their own, in which only a copy stands.
+  explicit KeptParameter(const OptionalTensor& parameter) : like(parameter) {
+    if (!present(parameter) || !parameter->key_set().has(c10::DispatchKey::FuncTorchGradWrapper)) return;
     at::AutoDispatchBelowADInplaceOrView below;
-    copy = weight->clone();
+    copy_ = SavedVariable(parameter->clone(), /*is_output=*/false);
   }
-  if (weight->requires_grad()) {
-    torch::autograd::impl::set_gradient_edge(copy, torch::autograd::impl::gradient_edge(*weight));
+
+  OptionalTensor unpack(const at::Tensor& stats, int64_t row, const torch::autograd::Edge& edge) const {
+    if (!like.present()) return std::nullopt;
+    at::Tensor kept = copy_.unpack();
+    if (!kept.defined()) {
+      at::AutoDispatchBelowADInplaceOrView below;
+      kept = like.shaped(stats.select(0, row));
+    }
+    if (edge.is_valid() && at::GradMode::is_enabled()) torch::autograd::impl::set_gradient_edge(kept, edge);
+    return kept;
   }
-  return copy;
-}
+
+  void reset() { copy_.reset_data(); }
+
+ private:
+  SavedVariable copy_;
+};
 
 // From y to x, residual, weight and bias: written out as torch's own nodes are, because
 // torch::autograd::Function takes longer than a small batch does.
 struct BatchNormNode : torch::autograd::Node {
   SavedVariable x;  // from_output: y, an output of this node
-  SavedVariable residual, mask, weight, bias, stats;
-  Likeness weight_like, bias_like;
+  SavedVariable residual, mask, stats;
+  KeptParameter weight, bias;
   bool training, from_output;
   SavedActivation activation;
 
@@ -104,11 +120,8 @@ struct BatchNormNode : torch::autograd::Node {
                 const OptionalTensor& given_weight, const OptionalTensor& given_bias, bool training,
                 const SavedActivation& activation, bool from_output)
       : Node(torch::autograd::collect_next_edges(input, given_residual, given_weight, given_bias)),
-        weight(copy_for_backward(given_weight), /*is_output=*/false),
-        bias(activation.spec || from_output ? copy_for_backward(given_bias) : at::Tensor(),
-             /*is_output=*/false),
-        weight_like(given_weight),
-        bias_like(given_bias),
+        weight(given_weight),
+        bias(given_bias),
         training(training),
         from_output(from_output),
         activation(activation) {
@@ -122,7 +135,8 @@ struct BatchNormNode : torch::autograd::Node {
 
   void release_variables() override {
     std::lock_guard<std::mutex> lock(mutex_);
-    for (SavedVariable* saved : {&x, &residual, &mask, &weight, &bias, &stats}) saved->reset_data();
+    for (SavedVariable* saved : {&x, &residual, &mask, &stats}) saved->reset_data();
+    for (KeptParameter* parameter : {&weight, &bias}) parameter->reset();
   }
 
   variable_list apply(variable_list&& grads) override {
@@ -135,13 +149,16 @@ struct BatchNormNode : torch::autograd::Node {
                                      task_should_compute_output(3), wants_residual && activation.spec};
     if (wants_residual && !activation.spec) result[1] = dy;
     if (wanted == std::array<bool, 4>{}) return result;
+    const at::Tensor kept = stats.unpack();
+    OptionalTensor b;  // takes part in the activation's input, and in x where y stands for it
+    if (activation.spec || from_output) b = bias.unpack(kept, kKeptBias, next_edge(3));
     auto [dx, dweight, dbias, dresidual] = backward_operator().call(
         dy, from_output ? x.unpack(held<Node>(this)) : x.unpack(), optional(residual.unpack()),
-        optional(mask.unpack()), optional(weight.unpack()), optional(bias.unpack()), stats.unpack(), training,
+        optional(mask.unpack()), weight.unpack(kept, kKeptWeight, next_edge(2)), b, kept, training,
         activation.name, activation.param, from_output, wanted);
     if (wanted[0]) result[0] = std::move(dx);
-    if (wanted[1]) result[2] = weight_like.of(std::move(dweight));
-    if (wanted[2]) result[3] = bias_like.of(std::move(dbias));
+    if (wanted[1]) result[2] = weight.like.of(std::move(dweight));
+    if (wanted[2]) result[3] = bias.like.of(std::move(dbias));
     if (wanted[3]) result[1] = std::move(dresidual);
     return result;
   }

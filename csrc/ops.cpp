@@ -3,6 +3,8 @@
 
 #include <ATen/MemoryOverlap.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/ones.h>
+#include <ATen/ops/zeros.h>
 #include <c10/core/InferenceMode.h>
 
 #include "calls.h"
@@ -109,7 +111,7 @@ at::Tensor run_forward(const ForwardCall& call, const Input& input, const at::Te
     mean.require_writable();
     var.require_writable();
   }
-  at::Tensor stats = empty_vector({2, x.size(1)}, at::kDouble, x);
+  at::Tensor stats = empty_vector({call.stats_rows(), x.size(1)}, at::kDouble, x);
   ForwardArgs args;
   args.extent = input.extent;
   args.dtype = dtype_of(x.scalar_type());
@@ -125,6 +127,7 @@ at::Tensor run_forward(const ForwardCall& call, const Input& input, const at::Te
     args.num_batches_tracked = call.num_batches_tracked->data_ptr<int64_t>();
   args.mean = stats.data_ptr<double>();
   args.invstd = args.mean + x.size(1);
+  if (call.for_backward) args.kept = args.mean + kKeptWeight * x.size(1);
   args.eps = call.eps;
   args.momentum = call.momentum.value_or(0.0);
   args.cumulative = !call.momentum.has_value();
@@ -132,6 +135,12 @@ at::Tensor run_forward(const ForwardCall& call, const Input& input, const at::Te
   args.unbiased_running_var = call.unbiased_running_var;
   args.activation = call.activation;
   run(args, call.training ? Pass::forward : Pass::inference, x);
+  if (call.for_backward && x.numel() == 0) {  // no kernel walks its channels
+    stats.select(0, kKeptWeight)
+        .copy_(present(call.weight) ? call.weight->reshape({-1}) : at::ones({}, stats.options()));
+    stats.select(0, kKeptBias)
+        .copy_(present(call.bias) ? call.bias->reshape({-1}) : at::zeros({}, stats.options()));
+  }
   if (call.training) {
     mean.finish();
     var.finish();

@@ -10,8 +10,8 @@ at::Tensor shaped_like(const at::Tensor& x) {
   return at::empty_symint(x.sym_sizes(), x.options(), memory_format_of(x));
 }
 
-at::Tensor stats_of(const at::Tensor& x) {
-  return at::empty_symint({2, x.sym_size(1)}, x.options().dtype(at::kDouble));
+at::Tensor stats_of(const ForwardCall& call) {
+  return at::empty_symint({call.stats_rows(), call.x.sym_size(1)}, call.x.options().dtype(at::kDouble));
 }
 
 }  // namespace
@@ -19,14 +19,14 @@ at::Tensor stats_of(const at::Tensor& x) {
 ForwardResult forward_meta(const ForwardCall& call) {
   call.check();
   const at::Tensor& x = call.x;
-  return {shaped_like(x), stats_of(x),
+  return {shaped_like(x), stats_of(call),
           at::empty_symint({call.mask_size(x.sym_numel())}, x.options().dtype(at::kByte))};
 }
 
 at::Tensor inplace_meta(const ForwardCall& call) {
   call.check();
   require_invertible(call.activation);
-  return stats_of(call.x);
+  return stats_of(call);
 }
 
 BackwardResult backward_meta(const BackwardCall& call) {

@@ -68,7 +68,7 @@ cuda::Plan cuda_plan(const std::vector<int64_t>& shape, const std::string& dtype
 
 cuda::Device described(int multiprocessors, double bandwidth, int64_t l2, int64_t shared_memory,
                        int block_threads, std::optional<int64_t> multiprocessor_memory,
-                       int spare_multiprocessors, int cluster_blocks, bool bulk_copies) {
+                       int spare_multiprocessors, int cluster_blocks, bool bulk_copies, bool early_launches) {
   constexpr int64_t beside = 1 << 10;  // of a block's own
   const int64_t memory = multiprocessor_memory.value_or(shared_memory + beside);
   const auto require = [](bool good, const char* what) {
@@ -83,8 +83,8 @@ cuda::Device described(int multiprocessors, double bandwidth, int64_t l2, int64_
   require(spare_multiprocessors >= 0 && spare_multiprocessors < multiprocessors,
           "spare_multiprocessors from 0 to fewer than all");
   require(cluster_blocks >= 1 && cluster_blocks <= 8, "cluster_blocks from 1 (no clusters) to 8");
-  return {multiprocessors, block_threads,         shared_memory,  l2,         bandwidth,
-          memory,          spare_multiprocessors, cluster_blocks, bulk_copies};
+  return {multiprocessors, block_threads,         shared_memory,  l2,          bandwidth,
+          memory,          spare_multiprocessors, cluster_blocks, bulk_copies, early_launches};
 }
 
 cuda::Device real_device(int index) {
@@ -130,17 +130,17 @@ std::string cuda_plan_text(const cuda::Plan& p) {
               field("traversal", name(p.map.traversal)), field("launches", p.launches()),
               field("reduce_blocks", p.reduce_blocks()), field("map_blocks", p.map.blocks()),
               field("cluster", p.cluster), field("bulk_copies", p.bulk_copies),
-              field("bytes_moved", p.bytes_moved), field("bytes_minimum", p.bytes_minimum),
-              field("floor_seconds", p.floor_seconds));
+              field("early_map", p.early_map), field("bytes_moved", p.bytes_moved),
+              field("bytes_minimum", p.bytes_minimum), field("floor_seconds", p.floor_seconds));
 }
 
 std::string device_text(const cuda::Device& d) {
-  return text("CudaDevice", field("multiprocessors", d.multiprocessors), field("bandwidth", d.bandwidth),
-              field("l2", d.l2), field("shared_memory", d.shared_memory),
-              field("block_threads", d.block_threads),
-              field("multiprocessor_memory", d.multiprocessor_memory),
-              field("spare_multiprocessors", d.spare_multiprocessors),
-              field("cluster_blocks", d.cluster_blocks), field("bulk_copies", d.bulk_copies));
+  return text(
+      "CudaDevice", field("multiprocessors", d.multiprocessors), field("bandwidth", d.bandwidth),
+      field("l2", d.l2), field("shared_memory", d.shared_memory), field("block_threads", d.block_threads),
+      field("multiprocessor_memory", d.multiprocessor_memory),
+      field("spare_multiprocessors", d.spare_multiprocessors), field("cluster_blocks", d.cluster_blocks),
+      field("bulk_copies", d.bulk_copies), field("early_launches", d.early_launches));
 }
 
 }  // namespace
@@ -163,7 +163,7 @@ void bind_plans(py::module_& m) {
       .def(py::init(&described), py::arg("multiprocessors"), py::arg("bandwidth"), py::arg("l2"),
            py::arg("shared_memory") = int64_t{48 << 10}, py::arg("block_threads") = 1024,
            py::arg("multiprocessor_memory") = py::none(), py::arg("spare_multiprocessors") = 0,
-           py::arg("cluster_blocks") = 1, py::arg("bulk_copies") = false)
+           py::arg("cluster_blocks") = 1, py::arg("bulk_copies") = false, py::arg("early_launches") = false)
       .def_readonly("multiprocessors", &cuda::Device::multiprocessors)
       .def_readonly("bandwidth", &cuda::Device::bandwidth)
       .def_readonly("l2", &cuda::Device::l2)
@@ -173,6 +173,7 @@ void bind_plans(py::module_& m) {
       .def_readonly("spare_multiprocessors", &cuda::Device::spare_multiprocessors)
       .def_readonly("cluster_blocks", &cuda::Device::cluster_blocks)
       .def_readonly("bulk_copies", &cuda::Device::bulk_copies)
+      .def_readonly("early_launches", &cuda::Device::early_launches)
       .def("__repr__", device_text);
   py::class_<cuda::Plan>(m, "CudaPlan")
       .def_property_readonly("engine", [](const cuda::Plan& p) { return name(p.engine); })
@@ -183,6 +184,7 @@ void bind_plans(py::module_& m) {
       .def_readonly("waiting_blocks", &cuda::Plan::waiting_blocks)
       .def_readonly("cluster", &cuda::Plan::cluster)
       .def_readonly("bulk_copies", &cuda::Plan::bulk_copies)
+      .def_readonly("early_map", &cuda::Plan::early_map)
       .def_readonly("block_memory", &cuda::Plan::block_memory)
       .def_property_readonly("reduce_threads", [](const cuda::Plan& p) { return p.reduce.threads; })
       .def_property_readonly("map_blocks", [](const cuda::Plan& p) { return p.map.blocks(); })

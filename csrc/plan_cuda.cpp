@@ -195,6 +195,7 @@ Plan make_plan(const Problem& problem, const Device& device, bool aligned, Choic
       (std::max(tensors.read_by_reduce, tensors.read_by_map) + tensors.written) * tensor_bytes + mask;
   plan.floor_seconds = device.bandwidth > 0 ? static_cast<double>(plan.bytes_minimum) / device.bandwidth : 0;
   plan.streaming_stores = tensor_bytes > device.l2 / 2;
+  plan.early_map = device.early_launches && plan.reduces && plan.maps;
   if (plan.reduces) plan.scratch_bytes = (plan.reduce.chunks + 1) * e.channels * int64_t{sizeof(double)} * 2;
   if (choice == Choice::streaming) plan.why = "asked for";
   if (choice == Choice::streaming || !plan.reduces || !plan.maps) return plan;

@@ -26,6 +26,7 @@ struct Device {
   int spare_multiprocessors = 0;             // left to others by kernels whose blocks wait for each other
   int cluster_blocks = 1;                    // of a cluster at most, 1: there are none
   bool bulk_copies = false;                  // it has copies of many bytes to shared memory
+  bool early_launches = false;               // a kernel may begin before the one that it follows has ended
 };
 
 constexpr int kVectorBytes = 16;
@@ -80,6 +81,7 @@ struct Plan {
   int cluster = 1;                // resident: blocks of one, which share a slab and see each other's memory
   bool bulk_copies = false;       // resident: into shared memory, of whole runs
   int64_t waiting_blocks = 0;     // resident: that must run at once but for those of clusters, 0: none
+  bool early_map = false;         // streaming: the map begins while the reduce runs, and then waits
   bool streaming_stores = false;  // outputs larger than what L2 keeps for whoever comes next
   int64_t scratch_bytes = 0;      // partial sums and totals
   int64_t bytes_moved = 0;        // to and from memory, as scheduled
@@ -98,6 +100,14 @@ struct Plan {
   }
 };
 
+// Doubles of block memory that sums over a block's threads take: a value per row and column and what adding
+// rows leaves, or the sums of several chunks and the same.
+constexpr int64_t sums_memory(int64_t threads, int64_t rows, int64_t columns) {
+  const int64_t left = rows == 1 ? 0 : threads > columns ? threads : columns;
+  const int64_t values = rows * columns + left;
+  return values > 2 * threads ? values : 2 * threads;
+}
+
 // Where things lie in the shared memory of a resident block, in bytes; the vectors of inputs come first.
 struct ResidentMemory {
   int64_t barriers;      // of bulk copies, one to a vector of a thread at most
@@ -115,8 +125,9 @@ struct ResidentMemory {
       : barriers(inputs * depth * t.threads * kVectorBytes),
         turn(barriers + round_up(int64_t{sizeof(uint64_t)} * depth, kVectorBytes)),
         values(turn + kVectorBytes) {
-    const int64_t sums = t.traversal == Traversal::planes ? 0 : t.vector_rows() * t.vectors * lanes;
-    totals = values + int64_t{sizeof(double)} * (sums > t.threads ? sums : t.threads);
+    const bool planes = t.traversal == Traversal::planes;
+    totals = values + int64_t{sizeof(double)} * sums_memory(t.threads, planes ? 0 : t.vector_rows(),
+                                                            planes ? 0 : t.vectors * lanes);
     part = totals + int64_t{2 * sizeof(double)} * t.group_channels;
     centers = part + int64_t{2 * sizeof(double)} * t.group_channels;
     coefficients = centers + kMostCenter * t.group_channels;

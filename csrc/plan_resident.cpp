@@ -137,6 +137,7 @@ bool make_resident(const Problem& problem, const Device& device, bool aligned, P
   if (room.chunks == 0) return refuse("a block's shared memory holds no vectors");
   if (room.chunks > room.blocks) return refuse("a slab does not fit the device's shared memory");
   share(plan, t, room, device, inputs);
+  plan.early_map = false;
   plan.bulk_copies = device.bulk_copies && aligned && has_long_runs(t, lanes);
   plan.depth = static_cast<int>(ceil_div(t.chunk, stride(t)));
   plan.block_memory = ResidentMemory(t, lanes, inputs, plan.depth).bytes;

@@ -59,6 +59,7 @@ class Schedule:
     multiprocessor_memory: int = 49 << 10
     cluster_blocks: int = 1
     bulk_copies: bool = False
+    early_launches: bool = True
     engine: str = "streaming"
 
 
@@ -72,6 +73,7 @@ class Fault:
     tear_atomics: bool = False
     skip_group_barrier: bool = False
     skip_async_wait: bool = False
+    skip_previous: bool = False
     unordered_wait: int = -1
 
 
@@ -150,6 +152,7 @@ class HostCall:
             s.multiprocessor_memory,
             s.cluster_blocks,
             s.bulk_copies,
+            s.early_launches,
             ENGINES.index(s.engine),
             *astuple(self.fault),
             NUMBERED.index(p.activation or "none"),
@@ -223,7 +226,7 @@ class _Reader:
         result = Result(
             y=like_x(),
             mask=self.tensor([x.numel() // 32 * 4 + 8], torch.uint8) if call.masked else None,
-            stats=self.tensor([2, channels], torch.float64),
+            stats=self.tensor([4 if call.backward else 2, channels], torch.float64),
             running_mean=vector(p.running_mean),
             running_var=vector(p.running_var),
             counter=None if call.counter is None else int(self.tensor([1], torch.int64)),
@@ -267,6 +270,9 @@ def check(call: HostCall, result: Result) -> None:
     """Everything against the float64 reference."""
     p = call.problem
     p.check_output(result.y)
+    for kept, given, absent in zip(result.stats[2:], (p.weight, p.bias), (1, 0), strict=False):
+        whole = torch.full_like(kept, absent) if given is None else given.double()
+        assert p.x.numel() == 0 or torch.equal(kept, whole)
     if result.running_mean is not None and p.batch:
         assert p.running_mean is not None and p.running_var is not None and result.running_var is not None
         before = p.running_mean, p.running_var

@@ -236,9 +236,12 @@ def test_selections_cost_no_bit(
     layout: str, shape: tuple[int, ...], dtypes: Dtypes, mode: Mode, active: Active, device: str
 ) -> None:
     """They commute with rounding: the same bits as behind our layer, gradients of relu included. (relu6's slope is not
-    that of the stored z where that is rounded up to 6.)
+    that of the stored z where that is rounded up to 6. On CUDA sums over rows are of other batches where a slope is
+    found: there dx has the same bits only in eval, where it does without them.)
     """
     exact = 1 if active == RELU6 else 4
+    if torch.device(device).type == "cuda":
+        exact = min(exact, 1 if mode == TRAIN else 2)
     results = []
     for fused in (True, False):
         problem = make_active(active, shape, LAYOUT[layout], dtypes, mode, device=device)
@@ -257,17 +260,17 @@ def test_selections_cost_no_bit(
 def test_keeps_the_input_and_vectors(
     layout: Layout, dtypes: Dtypes, mode: Mode, active: Active, device: str
 ) -> None:
-    """x itself, mean and invstd in float64, copies of weight and bias: neither y nor z nor a mask."""
+    """x itself and mean, invstd, weight and bias in float64: neither y nor z nor a mask."""
     shape = SHAPE_OF_RANK[layout.rank]
     problem = make_active(active, shape, layout, dtypes, mode, device=device)
     problem.require_grad()
     kept: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         y = problem.forward()
-    (whole,) = [t for t in kept if t.numel() > 2 * shape[1]]
+    (whole,) = [t for t in kept if t.numel() > 4 * shape[1]]
     assert whole.data_ptr() == problem.x.data_ptr() != y.data_ptr()
     others = [t for t in kept if t is not whole]
-    assert sum(t.numel() * t.element_size() for t in others) <= (16 + 2 * 4) * shape[1]
+    assert sum(t.numel() * t.element_size() for t in others) == 32 * shape[1]
     given = {t.data_ptr() for t in (problem.weight, problem.bias, problem.running_mean, problem.running_var)}
     assert not given & {t.data_ptr() for t in others}, "what the caller may write to"
 

@@ -5,14 +5,18 @@ Every call is whole: forward, statistics, backward, with outputs that begin as N
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 import host_engine
 from cases import (
     BFLOAT16,
+    BFLOAT16_WITH_FLOAT32,
     DTYPES,
     FLOAT16,
+    FLOAT16_WITH_FLOAT32,
     FLOAT32,
     FLOAT64,
     KEPT_LAYOUTS,
@@ -29,6 +33,7 @@ from cases import (
 )
 from host_engine import SMALL, HostCall, Schedule, check, run_and_check
 from problem import make
+from test_accuracy import LONG, MISLED, looked_at
 
 # What the larger shapes below need to be cut as they would be on a real device.
 LARGE_DEVICE = Schedule(multiprocessors=132, block_threads=1024, l2=50 << 20)
@@ -190,6 +195,28 @@ def test_one_outlier_spoils_nothing(dtypes: Dtypes, where: str) -> None:
         outer, inner = {"first": (0, 0), "second": second, "last": (-1, -1)}[where]
         flat[outer, :, inner] = 1e3
         calls.append(HostCall(problem))
+    run_and_check(calls)
+
+
+# Where streaming and resident kernels cut what they walk in whole vectors, and where not.
+@pytest.mark.parametrize("engine", ["streaming", "resident"])
+@pytest.mark.parametrize("outlier", [1e3, 3e4])
+@pytest.mark.parametrize("dtypes", [FLOAT32, BFLOAT16_WITH_FLOAT32, FLOAT16_WITH_FLOAT32], ids=str)
+@pytest.mark.parametrize("layout", LONG)
+def test_outliers_where_the_center_is_looked_for(
+    layout: str, dtypes: Dtypes, outlier: float, engine: str
+) -> None:
+    """One that is tens of standard deviations off is the center, or many are: it costs no digits."""
+    shape, calls = LONG[layout], []
+    for where in ((0,), MISLED):
+        problem = make(shape, LAYOUT[layout], dtypes, TRAIN)
+        for sample in where:
+            n, *space = looked_at(shape, layout, sample) if len(where) > 1 else (0,) * (len(shape) - 1)
+            problem.x[(n, 0, *space)] = outlier
+        schedule = replace(
+            LARGE_DEVICE, engine=engine, shared_memory=200 << 10, multiprocessor_memory=228 << 10
+        )
+        calls += [HostCall(problem, schedule, shifts=shifts) for shifts in ((0, 0, 0), (1, 1, 1))]
     run_and_check(calls)
 
 

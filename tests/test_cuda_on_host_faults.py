@@ -51,6 +51,15 @@ def test_a_missing_dependency_between_blocks_is_a_data_race(shape: tuple[int, ..
     assert "data race" in report(Fault(early_arrival=True), "thread", shape, name)
 
 
+@pytest.mark.parametrize("shape,name", [((400, 5), "nc"), ((9, 3, 17, 31), "nchw")], ids=["rows", "planes"])
+def test_a_map_that_does_not_wait_for_its_reduce_is_a_data_race(shape: tuple[int, ...], name: str) -> None:
+    assert "data race" in report(Fault(skip_previous=True), "thread", shape, name)
+    call = HostCall(
+        make(shape, LAYOUT[name], FLOAT32, TRAIN), Schedule(early_launches=False), Fault(skip_previous=True)
+    )
+    host_engine.run([call], "thread")  # it begins when the reduce has ended
+
+
 @pytest.mark.parametrize("shape,name", SMALL, ids=str)
 def test_a_store_past_the_end_is_found(shape: tuple[int, ...], name: str) -> None:
     """By AddressSanitizer on the spot; without it, by the guard zones."""

@@ -31,7 +31,7 @@ FEW_SHARED: dict[int, list[Shared]] = {
     4: [
         ((300, 5), "nc", few(9)),
         ((60, 72), "nc", few(11)),
-        ((3, 3, 17, 71), "nchw", few(13)),
+        ((3, 3, 17, 71), "nchw", few(14)),
         ((40, 33, 3, 3), "nchw", few(9)),
     ],
     2: [
@@ -43,8 +43,8 @@ FEW_SHARED: dict[int, list[Shared]] = {
 }
 # Planes and joined rows that are copied in bulk, by blocks that take turns.
 FEW_IN_BULK: list[Shared] = [
-    ((4, 6, 16, 32), "nchw", replace(few(10), bulk_copies=True)),
-    ((256, 16), "nc", replace(few(14), bulk_copies=True)),
+    ((4, 6, 16, 32), "nchw", replace(few(11), bulk_copies=True)),
+    ((256, 16), "nc", replace(few(15), bulk_copies=True)),
 ]
 every_shared = pytest.mark.parametrize("shape,name,schedule", FEW_SHARED[4], ids=lambda v: str(v)[:20])
 

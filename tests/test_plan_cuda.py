@@ -43,6 +43,7 @@ HOPPER = bnext.CudaDevice(
     multiprocessor_memory=228 << 10,
     cluster_blocks=8,
     bulk_copies=True,
+    early_launches=True,
 )
 # The same before compute capability 9.0.
 NO_CLUSTERS = bnext.CudaDevice(
@@ -80,6 +81,7 @@ def test_the_plan_chooses_and_says_why(
     assert (plan.engine, plan.launches) == (engine, 1 + (engine == "streaming"))
     assert (plan.cluster, plan.waiting_blocks) == (1, 0)
     assert device is HOPPER or not plan.bulk_copies
+    assert plan.early_map == (device is HOPPER and engine == "streaming")
     assert len(plan.why) > 10
     if engine == "resident":
         assert plan.bytes_moved == plan.bytes_minimum
@@ -118,7 +120,7 @@ def test_eight_blocks_at_most_are_a_cluster(
     assert plan.engine == "resident" and plan.launches == 1
     assert (plan.cluster, plan.waiting_blocks > 0, plan.bulk_copies) == (cluster, waits, bulk)
     assert plan.reduce_blocks % cluster == 0
-    assert f"cluster={cluster}, bulk_copies={bulk}" in repr(plan)
+    assert f"cluster={cluster}, bulk_copies={bulk}, early_map=False" in repr(plan)
 
 
 @pytest.mark.parametrize("spare", [0, 3])

@@ -107,6 +107,11 @@ void fold_moments(const ForwardFold& fold, int64_t c, int64_t n, const Sums* sum
   A* __restrict const center_out = static_cast<A*>(fold.coefficients) + c;
   A* __restrict const scale_out = center_out + channels;
   A* __restrict const offset_out = scale_out + channels;
+  if (args.kept != nullptr) {
+    double* __restrict const kept = args.kept + c;
+    for (int64_t k = 0; k < n; ++k) kept[k] = weight[k];
+    for (int64_t k = 0; k < n; ++k) kept[channels + k] = bias[k];
+  }
   for (int64_t k = 0; k < n; ++k) {
     const double invstd = inverse_std(var[k], eps);
     const auto found = normalize_coefficients<A>(mean[k], invstd, weight[k], bias[k]);

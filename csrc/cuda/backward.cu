@@ -19,6 +19,7 @@ constexpr int kSumsBlocks = kStatistics == Statistics::fixed ? 2 : kBlocks<T, kS
 template <class T, Slope kSlope, Statistics kStatistics>
 BNEXT_KERNEL(384, 1)
 grad_sums_rows_kernel(const BNEXT_PARAMETER BackwardParams p) {
+  let_next_begin();
   GradSumsReducer<T, kSlope, kStatistics> reducer{{p}};
   reduce_rows(p.reduction, reducer);
 }
@@ -26,6 +27,7 @@ grad_sums_rows_kernel(const BNEXT_PARAMETER BackwardParams p) {
 template <class T, Slope kSlope, Statistics kStatistics>
 BNEXT_KERNEL(256, (kSumsBlocks<T, kSlope, kStatistics>))
 grad_sums_planes_kernel(const BNEXT_PARAMETER BackwardParams p) {
+  let_next_begin();
   GradSumsReducer<T, kSlope, kStatistics> reducer{{p}};
   reduce_planes(p.reduction, reducer);
 }
@@ -33,6 +35,7 @@ grad_sums_planes_kernel(const BNEXT_PARAMETER BackwardParams p) {
 template <class T, Slope kSlope, Statistics kStatistics>
 BNEXT_KERNEL(256, kSlope == Slope::found ? 1 : 2)
 input_grad_rows_kernel(const BNEXT_PARAMETER BackwardParams p) {
+  wait_for_previous();
   InputGradMap<T, kSlope, kStatistics> map{{p}};
   map_rows(p.mapping, map);
 }
@@ -40,6 +43,7 @@ input_grad_rows_kernel(const BNEXT_PARAMETER BackwardParams p) {
 template <class T, Slope kSlope, Statistics kStatistics>
 BNEXT_KERNEL(256, (kBlocks<T, kSlope>))
 input_grad_planes_kernel(const BNEXT_PARAMETER BackwardParams p) {
+  wait_for_previous();
   InputGradMap<T, kSlope, kStatistics> map{{p}};
   map_planes(p.mapping, map);
 }
@@ -58,7 +62,7 @@ void launch_all(const BackwardParams& p, const Plan& plan, void* stream) {
     launch(kName,
            rows ? input_grad_rows_kernel<T, kSlope, kStatistics>
                 : input_grad_planes_kernel<T, kSlope, kStatistics>,
-           plan.map, map_memory<InputGradMap<T, kSlope, kStatistics>>(plan.map), stream, p);
+           plan.map, map_memory<InputGradMap<T, kSlope, kStatistics>>(plan.map), stream, p, plan.early_map);
   }
 }
 

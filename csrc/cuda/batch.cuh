@@ -12,20 +12,32 @@
 
 namespace bnext::cuda {
 
-template <class Operation, int kVectors>
+// kAllOrNone: every vector is there as a whole, on a boundary, or not at all; and the first is there.
+template <class Operation, int kVectors, bool kAllOrNone = false>
 struct Batch {
+  static constexpr bool kWhole = kAllOrNone;
+
   Vector16 input[Operation::kInputs][kVectors];
-  uint32_t bits[kVectors];  // of the mask, lane by lane
+  uint32_t bits[kVectors];   // of the mask, lane by lane
+  uint32_t there[kVectors];  // the lanes that have an element
 };
+
+template <int kCount>
+BNEXT_DEVICE uint32_t lanes_there(const Span& place) {
+  constexpr uint32_t kAll = (1u << kCount) - 1;
+  const uint32_t from = place.low <= 0 ? kAll : kAll & ~((1u << min_of(place.low, kCount)) - 1);
+  return place.high >= kCount ? from : place.high <= 0 ? 0 : from & ((1u << place.high) - 1);
+}
 
 // Elements of a batch, taken out.
 template <class Operation, int kCount>
 struct Elements {
   typename Operation::Math values[Operation::kInputs][kCount];
   bool passes[kCount];  // what the mask says
+  int count;            // of those that the tensors have
 
-  template <int kVectors>
-  BNEXT_DEVICE void take(int k, const Batch<Operation, kVectors>& batch, int vector, int lane) {
+  template <class Batch>
+  BNEXT_DEVICE void take(int k, const Batch& batch, int vector, int lane) {
     BNEXT_UNROLL
     for (int i = 0; i < Operation::kInputs; ++i) {
       values[i][k] = element<typename Operation::Storage>(batch.input[i][vector], lane);
@@ -34,27 +46,27 @@ struct Elements {
   }
 };
 
-// Of input i. kWhole: where there are any elements at all, there is a whole vector of them, on a boundary.
-template <Reuse kReuse, bool kWhole, class Operation, int kVectors>
+// Of input i; zero where there is no element.
+template <Reuse kReuse, class Operation, int kVectors, bool kWhole>
 BNEXT_DEVICE void load_input(const Operation& operation, int i, const Span (&places)[kVectors],
-                             const Vector16& fill, Batch<Operation, kVectors>& batch) {
+                             Batch<Operation, kVectors, kWhole>& batch) {
   const auto input = operation.input(i);
   const bool there = i < Operation::kSureInputs || input.data != nullptr;
   BNEXT_UNROLL
   for (int u = 0; u < kVectors; ++u) {
     const Span& place = places[u];
     if constexpr (kWhole) {
-      batch.input[i][u] = there && place.high > 0 ? input.template load<kReuse>(place.at) : fill;
+      batch.input[i][u] = there && place.high > 0 ? input.template load<kReuse>(place.at) : Vector16{};
     } else {
       batch.input[i][u] =
-          there ? input.template load_any<kReuse>(place.at, place.low, place.high, fill) : fill;
+          there ? input.template load_any<kReuse>(place.at, place.low, place.high) : Vector16{};
     }
   }
 }
 
-template <bool kWhole, class Operation, int kVectors>
+template <class Operation, int kVectors, bool kWhole>
 BNEXT_DEVICE void load_bits(const Operation& operation, const Span (&places)[kVectors],
-                            Batch<Operation, kVectors>& batch) {
+                            Batch<Operation, kVectors, kWhole>& batch) {
   constexpr int kCount = kLanes<typename Operation::Storage>;
   BNEXT_UNROLL
   for (int u = 0; u < kVectors; ++u) {
@@ -69,12 +81,19 @@ BNEXT_DEVICE void load_bits(const Operation& operation, const Span (&places)[kVe
   }
 }
 
-template <Reuse kReuse, bool kWhole, class Operation, int kVectors>
-BNEXT_DEVICE void load_batch(const Operation& operation, const Span (&places)[kVectors], const Vector16& fill,
-                             Batch<Operation, kVectors>& batch) {
+template <Reuse kReuse, class Operation, int kVectors, bool kWhole>
+BNEXT_DEVICE void load_batch(const Operation& operation, const Span (&places)[kVectors],
+                             Batch<Operation, kVectors, kWhole>& batch) {
+  constexpr int kCount = kLanes<typename Operation::Storage>;
   BNEXT_UNROLL
-  for (int i = 0; i < Operation::kInputs; ++i) load_input<kReuse, kWhole>(operation, i, places, fill, batch);
-  load_bits<kWhole>(operation, places, batch);
+  for (int i = 0; i < Operation::kInputs; ++i) load_input<kReuse>(operation, i, places, batch);
+  load_bits(operation, places, batch);
+  BNEXT_UNROLL
+  for (int u = 0; u < kVectors; ++u) {
+    batch.there[u] = !kWhole                        ? lanes_there<kCount>(places[u])
+                     : u == 0 || places[u].high > 0 ? (1u << kCount) - 1
+                                                    : 0;
+  }
 }
 
 // The inputs that load_batch will load from these places, not the mask, towards L2.

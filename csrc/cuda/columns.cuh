@@ -46,26 +46,13 @@ struct Columns {
   }
 
   // The sums of all threads into to[channel of the group], each by one thread, seen by all. Those that give
-  // some stand in `rows` rows, this one in `row`; memory holds a double per row and column.
+  // some stand in `rows` rows, this one in `row`; memory: see sums_memory().
   BNEXT_DEVICE void add_up(const Sums (&sums)[kCount], bool gives, int row, int rows, double* memory,
                            Sums* to) const {
     const int columns = kCount * vectors;  // lane by lane, [lane][vector]
     const int index = static_cast<int>(thread_index()), threads = static_cast<int>(thread_count());
     const int repeats = width / (channels * inner);
-    const auto of_channel = [&](int k) {
-      double a = 0, b = 0, c = 0, d = 0;  // in turn, so that additions do not wait for each other
-      for (int repeat = 0; repeat < repeats; ++repeat) {
-        for (int s = 0; s < inner; ++s) {
-          const int at = (repeat * channels + k) * inner + s;
-          const double next = a + memory[at % kCount * vectors + at / kCount];
-          a = b;
-          b = c;
-          c = d;
-          d = next;
-        }
-      }
-      return (a + b) + (c + d);
-    };
+    double* const left = rows == 1 ? memory : memory + rows * columns;
     for (int which = 0; which < 2; ++which) {
       if (gives) {
         BNEXT_UNROLL
@@ -73,11 +60,24 @@ struct Columns {
           memory[row * columns + lane * vectors + column] = which == 0 ? sums[lane].first : sums[lane].second;
         }
       }
-      sum_rows(memory, columns, rows);
-      for (int k = index; k < channels; k += threads) {
-        (which == 0 ? to[k].first : to[k].second) = of_channel(k);
+      int slices = 1;
+      if (rows == 1) {
+        sync_block();
+      } else {
+        slices = sum_rows(memory, columns, rows, left);
       }
-      sync_block();
+      for (int k = index; k < channels; k += threads) {
+        InTurn all;
+        for (int repeat = 0; repeat < repeats; ++repeat) {
+          for (int s = 0; s < inner; ++s) {
+            const int at = (repeat * channels + k) * inner + s;
+            const double* const of_column = left + at % kCount * vectors + at / kCount;
+            for (int slice = 0; slice < slices; ++slice) all.add(of_column[slice * columns]);
+          }
+        }
+        (which == 0 ? to[k].first : to[k].second) = all.sum();
+      }
+      if (rows == 1 || which == 1) sync_block();
     }
   }
 };

@@ -51,7 +51,7 @@ Device read_device(int index) {
   device.l2 = attribute(cudaDevAttrL2CacheSize, index);
   const bool has_90 = compiled_for_device(index) >= 900;
   if (has_90 && attribute(cudaDevAttrClusterLaunch, index) != 0) device.cluster_blocks = kClusterBlocks;
-  device.bulk_copies = has_90;
+  device.bulk_copies = device.early_launches = has_90;
   // Two transfers per clock, in kHz, over a bus of so many bits.
   device.bandwidth = 2e3 * static_cast<double>(attribute(cudaDevAttrMemoryClockRate, index)) *
                      static_cast<double>(attribute(cudaDevAttrGlobalMemoryBusWidth, index)) / 8;

@@ -13,6 +13,7 @@ constexpr char kName[] = "bnext::batch_norm";
 template <class T>
 BNEXT_KERNEL(384, 1)
 moments_rows_kernel(const BNEXT_PARAMETER ForwardParams p) {
+  let_next_begin();
   clear_mask(p.mask);
   MomentsReducer<T> reducer{p};
   reduce_rows(p.reduction, reducer);
@@ -21,6 +22,7 @@ moments_rows_kernel(const BNEXT_PARAMETER ForwardParams p) {
 template <class T>
 BNEXT_KERNEL(256, 3)
 moments_planes_kernel(const BNEXT_PARAMETER ForwardParams p) {
+  let_next_begin();
   clear_mask(p.mask);
   MomentsReducer<T> reducer{p};
   reduce_planes(p.reduction, reducer);
@@ -29,6 +31,7 @@ moments_planes_kernel(const BNEXT_PARAMETER ForwardParams p) {
 template <class T, bool kJoined, bool kElementary>
 BNEXT_KERNEL(256, sizeof(T) == 8 || kJoined ? 2 : 3)
 normalize_rows_kernel(const BNEXT_PARAMETER ForwardParams p) {
+  wait_for_previous();
   count_batch(p.args);
   if constexpr (kJoined) p.mask.clear_end();
   NormalizeMap<T, kJoined, kElementary> map{p};
@@ -38,6 +41,7 @@ normalize_rows_kernel(const BNEXT_PARAMETER ForwardParams p) {
 template <class T, bool kJoined, bool kElementary>
 BNEXT_KERNEL(256, kJoined ? 2 : 3)
 normalize_planes_kernel(const BNEXT_PARAMETER ForwardParams p) {
+  wait_for_previous();
   count_batch(p.args);
   if constexpr (kJoined) p.mask.clear_end();
   NormalizeMap<T, kJoined, kElementary> map{p};
@@ -50,7 +54,7 @@ void launch_map(const ForwardParams& p, const Plan& plan, void* stream) {
   launch(kName,
          rows ? normalize_rows_kernel<T, kJoined, kElementary>
               : normalize_planes_kernel<T, kJoined, kElementary>,
-         plan.map, map_memory<NormalizeMap<T, kJoined, kElementary>>(plan.map), stream, p);
+         plan.map, map_memory<NormalizeMap<T, kJoined, kElementary>>(plan.map), stream, p, plan.early_map);
 }
 
 template <class T>

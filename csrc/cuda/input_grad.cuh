@@ -56,7 +56,7 @@ struct GradSumsReducer : BackwardTensors<T, kSlope, kStatistics> {
   using Math = opmath_t<T>;
   using Center = GradientTerms<Math>;
   using Tensors::fixed, Tensors::gradient, Tensors::kFound, Tensors::p;
-  static constexpr bool kMayWrite = kStatistics != Statistics::batch;
+  static constexpr bool kMayWrite = kStatistics != Statistics::batch, kAroundFirst = false;
   static constexpr int kInputs = kFound ? 3 : 2, kSureInputs = 2;
   static constexpr int kOutputs = kMayWrite ? Tensors::kTensorsOut : 0, kSureOutputs = 0;
   static constexpr int kVectors = !kFound ? 4 : sizeof(T) == 8 ? 1 : 2;
@@ -79,14 +79,11 @@ struct GradSumsReducer : BackwardTensors<T, kSlope, kStatistics> {
     return center;
   }
 
-  BNEXT_DEVICE static bits_t<T> fill(const Center&) { return 0; }  // dz of zero adds nothing
-
   struct Centers {
     Center values[kLanes<T>];
 
     BNEXT_DEVICE void set(int lane, const Center& center) { values[lane] = center; }
     BNEXT_DEVICE const Center& at(int lane) const { return values[lane]; }
-    BNEXT_DEVICE Vector16 fill() const { return {}; }
   };
 
   template <int kCount>
@@ -106,6 +103,8 @@ struct GradSumsReducer : BackwardTensors<T, kSlope, kStatistics> {
       }
     }
   }
+
+  BNEXT_DEVICE void fetch_for_fold(int64_t) const {}  // center() reads the same
 
   BNEXT_DEVICE void fold(int64_t c, const Center&, const Sums& sums) const {
     const BackwardArgs& a = p.args;

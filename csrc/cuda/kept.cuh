@@ -67,12 +67,12 @@ struct Ahead {
     const Span places[1] = {place};
     BNEXT_UNROLL
     for (int i = kKept; i < Map::kInputs; ++i) {
-      load_input<Reuse::no, false>(map, i, places, Vector16{}, last);
+      load_input<Reuse::no>(map, i, places, last);
       BNEXT_UNROLL
       for (int u = 1; u < kVectors; ++u) batch.input[i][u - 1] = batch.input[i][u];
       batch.input[i][kVectors - 1] = last.input[i][0];
     }
-    load_bits<false>(map, places, last);
+    load_bits(map, places, last);
     BNEXT_UNROLL
     for (int u = 1; u < kVectors; ++u) batch.bits[u - 1] = batch.bits[u];
     batch.bits[kVectors - 1] = last.bits[0];

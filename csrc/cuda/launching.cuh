@@ -15,14 +15,21 @@ inline void require(const char* name, cudaError_t error) {
   }
 }
 
+// early: before the kernel that was launched before it has ended, see let_next_begin().
 template <class Params>
 void launch(const char* name, void (*kernel)(Params), const Tiling& tiling, int64_t shared, void* stream,
-            Params params) {
+            Params params, bool early = false) {
   void* arguments[] = {&params};
-  require(name, cudaLaunchKernel(reinterpret_cast<const void*>(kernel),
-                                 dim3(static_cast<unsigned>(tiling.blocks())),
-                                 dim3(static_cast<unsigned>(tiling.threads)), arguments,
-                                 static_cast<size_t>(shared), static_cast<cudaStream_t>(stream)));
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  const cudaLaunchConfig_t config{dim3(static_cast<unsigned>(tiling.blocks())),
+                                  dim3(static_cast<unsigned>(tiling.threads)),
+                                  static_cast<size_t>(shared),
+                                  static_cast<cudaStream_t>(stream),
+                                  &attribute,
+                                  early ? 1u : 0u};
+  require(name, cudaLaunchKernelExC(&config, reinterpret_cast<const void*>(kernel), arguments));
 }
 
 inline void fill_zero(const char* name, void* data, int64_t bytes, void* stream) {
@@ -33,9 +40,11 @@ inline void fill_zero(const char* name, void* data, int64_t bytes, void* stream)
 #else
 
 template <class Params>
-void launch(const char*, void (*kernel)(Params), const Tiling& tiling, int64_t shared, void*, Params params) {
-  model::launch(static_cast<unsigned>(tiling.blocks()), static_cast<unsigned>(tiling.threads),
-                static_cast<size_t>(shared), [&] { kernel(params); });
+void launch(const char*, void (*kernel)(Params), const Tiling& tiling, int64_t shared, void*, Params params,
+            bool early = false) {
+  const auto launch = early ? model::launch_early : model::launch;
+  launch(static_cast<unsigned>(tiling.blocks()), static_cast<unsigned>(tiling.threads),
+         static_cast<size_t>(shared), [kernel, params] { kernel(params); });
 }
 
 inline void fill_zero(const char*, void* data, int64_t bytes, void*) {
@@ -62,8 +71,8 @@ inline Reduction reduction_of(const Plan& plan, int lanes, bool aligned, const W
 template <class Reducer>
 int64_t reduce_memory(const Tiling& t) {
   constexpr int lanes = kLanes<typename Reducer::Storage>;
-  const int64_t sums = t.traversal == Traversal::planes ? t.threads : int64_t{t.height} * t.vectors * lanes;
-  const int64_t values = sums > t.threads ? sums : t.threads;
+  const bool planes = t.traversal == Traversal::planes;
+  const int64_t values = sums_memory(t.threads, planes ? 0 : t.height, planes ? 0 : t.vectors * lanes);
   const int64_t centers = t.group_channels * int64_t{sizeof(typename Reducer::Center)};
   return centers > values * int64_t{sizeof(double)} ? centers : values * int64_t{sizeof(double)};
 }

@@ -28,8 +28,8 @@ template <bool kWhole, class Map, int kVectors, class Coefficient>
 BNEXT_DEVICE void map_batch(const Map& map, const Span (&places)[kVectors], Coefficient coefficient) {
   using T = typename Map::Storage;
   constexpr int kCount = kLanes<T>;
-  Batch<Map, kVectors> batch;
-  load_batch<Reuse::no, kWhole>(map, places, Vector16{}, batch);
+  Batch<Map, kVectors, kWhole> batch;
+  load_batch<Reuse::no>(map, places, batch);
   BNEXT_UNROLL
   for (int u = 0; u < kVectors; ++u) {
     Elements<Map, kCount> elements;

@@ -23,16 +23,23 @@ inline ForwardParams forward_params(const ForwardArgs& args, const Plan& plan) {
   return p;
 }
 
-// Of (x - center) in arithmetic precision: per batch its sum, and its squares around the batch's own mean
-// (Chan, Golub, LeVeque, "Updating formulae", 1979), so that a center far from the mean costs no digits;
-// batches in double.
+// For a backward pass, once per channel.
+BNEXT_DEVICE void keep_parameters(const ForwardArgs& args, int64_t c) {
+  if (args.kept == nullptr) return;
+  store(args.kept + c, read_channel(args.weight, c, 1));
+  store(args.kept + args.extent.channels + c, read_channel(args.bias, c, 0));
+}
+
+// Of (x - center): per batch in arithmetic precision of distances from its first element, and of squares
+// around its own mean (Chan, Golub, LeVeque, "Updating formulae", 1979), which costs no digits wherever the
+// center lies; batches, and how far they lie from the center, in double.
 template <class T>
 struct MomentsReducer {
   using Storage = T;
   using Math = opmath_t<T>;
   using Center = Math;
   static constexpr int kInputs = 1, kSureInputs = 1, kOutputs = 0, kSureOutputs = 0, kVectors = 8;
-  static constexpr bool kReadsMask = false;
+  static constexpr bool kReadsMask = false, kAroundFirst = true;
   static constexpr Reuse kReuse = Reuse::yes;
 
   const ForwardParams& p;
@@ -41,18 +48,16 @@ struct MomentsReducer {
   BNEXT_DEVICE Output<T> output(int) const { return {}; }
   BNEXT_DEVICE int phase() const { return phase_of(input(0).data); }
 
+  // Any element will do where sums in double hold n times the digits of Math, see moments_from_sums().
   BNEXT_DEVICE Math center(int64_t c) const {
     const Extent& e = p.args.extent;
     const T* const x = static_cast<const T*>(p.args.x) + c * e.inner;
-    return static_cast<Math>(
-        center_of([&](int k) { return widen(x[center_sample(e.outer, e.inner, e.channels * e.inner, k)]); }));
-  }
-
-  // An element that adds nothing.
-  BNEXT_DEVICE static bits_t<T> fill(Math center) {
-    Vector16 v{};
-    set_element<T>(v, 0, center);
-    return element_bits<T>(v, 0);
+    if constexpr (sizeof(Math) < sizeof(double)) {
+      return static_cast<Math>(finite_or_zero(static_cast<double>(widen(x[0]))));
+    } else {
+      return center_of(
+          [&](int k) { return widen(x[center_sample(e.outer, e.inner, e.channels * e.inner, k)]); });
+    }
   }
 
   struct Centers {
@@ -60,20 +65,22 @@ struct MomentsReducer {
 
     BNEXT_DEVICE void set(int lane, Math center) { set_element<T>(elements, lane, center); }
     BNEXT_DEVICE Math at(int lane) const { return element<T>(elements, lane); }
-    BNEXT_DEVICE Vector16 fill() const { return elements; }
   };
 
   template <int kCount>
   BNEXT_DEVICE void add(Sums& sums, const Elements<MomentsReducer, kCount>& elements, Math center) const {
+    const auto& x = elements.values[0];
+    const Math origin = x[0];
     Math d[kCount];
     BNEXT_UNROLL
-    for (int k = 0; k < kCount; ++k) d[k] = elements.values[0][k] - center;
-    const Math first = sum_of<kCount>(d), mean = first * (Math{1} / kCount);
+    for (int k = 0; k < kCount; ++k) d[k] = x[k] - origin;
+    const Math sum = sum_of<kCount>(d), mean = sum * (Math{1} / kCount);
     BNEXT_UNROLL
     for (int k = 0; k < kCount; ++k) d[k] = (d[k] - mean) * (d[k] - mean);
-    const Math second = sum_of<kCount>(d);
-    const double sum = first;
-    sums += {sum, second + sum * (sum * (1.0 / kCount))};
+    const double first = sum, second = sum_of<kCount>(d) + first * (first * (1.0 / kCount));
+    const double shift = static_cast<double>(origin) - static_cast<double>(center),
+                 moved = elements.count * shift;
+    sums += {first + moved, second + shift * (2 * first + moved)};
   }
 
   BNEXT_DEVICE double factor() const {
@@ -83,12 +90,21 @@ struct MomentsReducer {
                : 1.0 / static_cast<double>(*p.args.num_batches_tracked + 1);  // the map adds the one
   }
 
+  BNEXT_DEVICE void fetch_for_fold(int64_t c) const {
+    const ForwardArgs& a = p.args;
+    fetch_channel(a.running_mean, c);
+    fetch_channel(a.running_var, c);
+    fetch_channel(a.weight, c);
+    fetch_channel(a.bias, c);
+  }
+
   BNEXT_DEVICE void fold(int64_t c, Math center, const Sums& sums) const {
     const ForwardArgs& a = p.args;
     const auto count = static_cast<double>(anew(a.extent.count()));
     const Moments m = moments_from_sums(static_cast<double>(center), sums, 1 / count);
     store(a.mean + c, m.mean);
     store(a.invstd + c, inverse_std(m.var, a.eps));
+    keep_parameters(a, c);
     const double weight = factor();
     if (!a.running_mean || weight == 0) return;
     const double var = a.unbiased_running_var ? unbiased_var(m.var, count) : m.var;
@@ -128,6 +144,7 @@ struct NormalizeMap {
       if (owner) {
         store(a.mean + c, mean);
         store(a.invstd + c, invstd);
+        keep_parameters(a, c);
       }
     }
     coefficients(c, mean, invstd, values);

@@ -82,10 +82,10 @@ BNEXT_DEVICE void store16(void* p, const Vector16& v, Reuse reuse) {
   }
 }
 
-// What another block wrote: not from the cache of this multiprocessor.
 // Into L2, for a load that comes later. p: of a tensor, of any alignment.
 BNEXT_DEVICE void fetch(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 
+// What another block wrote: not from the cache of this multiprocessor.
 BNEXT_DEVICE Vector16 load16_fresh(const void* p) {
   const uint4 v = __ldcg(static_cast<const uint4*>(p));
   return {{v.x, v.y, v.z, v.w}};
@@ -115,14 +115,30 @@ BNEXT_DEVICE bool last_to_arrive(unsigned* counter, unsigned expected) {
   return last;
 }
 
+// A kernel that is launched to begin early (see launch()) may do so when all blocks of the one before it have
+// said the first, and sees what that kernel wrote only after the second: by every thread that reads any of
+// it, or writes what that kernel reads.
+BNEXT_DEVICE void let_next_begin() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+BNEXT_DEVICE void wait_for_previous() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
 #else
 
 using model::block_count;
 using model::block_index;
 using model::last_to_arrive;
+using model::let_next_begin;
 using model::sync_block;
 using model::thread_count;
 using model::thread_index;
+using model::wait_for_previous;
 
 inline unsigned char* block_memory() { return reinterpret_cast<unsigned char*>(model::block_memory()); }
 
@@ -159,10 +175,13 @@ inline void set_bits(uint32_t* word, uint32_t bits) {
 
 #endif
 
-// ---- vectors of elements ----
-
-template <class T>
-constexpr int kLanes = 16 / static_cast<int>(sizeof(T));
+BNEXT_DEVICE int count_bits(uint32_t bits) {
+#if defined(__CUDA_ARCH__)
+  return __popc(bits);
+#else
+  return __builtin_popcount(bits);
+#endif
+}
 
 BNEXT_DEVICE float widen_half(uint32_t bits) {
 #if defined(__CUDA_ARCH__)
@@ -186,99 +205,6 @@ BNEXT_DEVICE uint32_t narrow_to(float value, bf16) {
 #else
   return narrow_bf16<uint32_t>(value);
 #endif
-}
-
-// Element `lane` in arithmetic precision.
-template <class T>
-BNEXT_DEVICE opmath_t<T> element(const Vector16& v, int lane) {
-  if constexpr (sizeof(T) == 8) {
-    return bits_as<double>(uint64_t{v.word[2 * lane + 1]} << 32 | v.word[2 * lane]);
-  } else if constexpr (sizeof(T) == 4) {
-    return bits_as<float>(v.word[lane]);
-  } else {
-    const uint32_t pair = v.word[lane / 2];
-    if constexpr (std::is_same_v<T, bf16>) {
-      return bits_as<float>(lane % 2 == 0 ? pair << 16 : pair & 0xffff0000u);
-    } else {
-      return widen_half(lane % 2 == 0 ? pair & 0xffffu : pair >> 16);
-    }
-  }
-}
-
-template <class T>
-BNEXT_DEVICE Vector16 pack(const opmath_t<T> (&values)[kLanes<T>]) {
-  Vector16 v;
-  BNEXT_UNROLL
-  for (int w = 0; w < 4; ++w) {
-    if constexpr (sizeof(T) == 8) {
-      const uint64_t bits = bits_as<uint64_t>(values[w / 2]);
-      v.word[w] = static_cast<uint32_t>(w % 2 == 0 ? bits : bits >> 32);
-    } else if constexpr (sizeof(T) == 4) {
-      v.word[w] = bits_as<uint32_t>(values[w]);
-    } else {
-      v.word[w] = narrow_to(values[2 * w], T{}) | narrow_to(values[2 * w + 1], T{}) << 16;
-    }
-  }
-  return v;
-}
-
-// The bits of one element, and a vector with them in place of its own.
-template <class T>
-using bits_t =
-    std::conditional_t<sizeof(T) == 8, uint64_t, std::conditional_t<sizeof(T) == 4, uint32_t, uint16_t>>;
-
-template <class T>
-BNEXT_DEVICE bits_t<T> element_bits(const Vector16& v, int lane) {
-  if constexpr (sizeof(T) == 8) {
-    return uint64_t{v.word[2 * lane + 1]} << 32 | v.word[2 * lane];
-  } else if constexpr (sizeof(T) == 4) {
-    return v.word[lane];
-  } else {
-    return static_cast<uint16_t>(v.word[lane / 2] >> (lane % 2 * 16));
-  }
-}
-
-template <class T>
-BNEXT_DEVICE void set_element_bits(Vector16& v, int lane, bits_t<T> bits) {
-  if constexpr (sizeof(T) == 8) {
-    v.word[2 * lane] = static_cast<uint32_t>(bits);
-    v.word[2 * lane + 1] = static_cast<uint32_t>(bits >> 32);
-  } else if constexpr (sizeof(T) == 4) {
-    v.word[lane] = bits;
-  } else {
-    const int shift = lane % 2 * 16;
-    v.word[lane / 2] = (v.word[lane / 2] & ~(0xffffu << shift)) | static_cast<uint32_t>(bits) << shift;
-  }
-}
-
-template <class T>
-BNEXT_DEVICE void set_element(Vector16& v, int lane, opmath_t<T> value) {
-  if constexpr (sizeof(T) == 2) {
-    set_element_bits<T>(v, lane, static_cast<uint16_t>(narrow_to(value, T{})));
-  } else {
-    set_element_bits<T>(v, lane, bits_as<bits_t<T>>(value));
-  }
-}
-
-// The sixteen bytes from `shift` on of two vectors that follow one another.
-BNEXT_DEVICE Vector16 shifted(const Vector16& low, const Vector16& high, unsigned shift) {
-  uint32_t word[8];
-  BNEXT_UNROLL
-  for (int k = 0; k < 4; ++k) {
-    word[k] = low.word[k];
-    word[k + 4] = high.word[k];
-  }
-  BNEXT_UNROLL
-  for (int step = 2; step > 0; --step) {  // by two words, by one
-    BNEXT_UNROLL
-    for (int k = 0; k + step < 8; ++k) word[k] = (shift >> 2 & step) != 0 ? word[k + step] : word[k];
-  }
-  Vector16 v;
-  BNEXT_UNROLL
-  for (int k = 0; k < 4; ++k) {
-    v.word[k] = static_cast<uint32_t>((uint64_t{word[k + 1]} << 32 | word[k]) >> (shift % 4 * 8));
-  }
-  return v;
 }
 
 }  // namespace bnext::cuda

@@ -1,20 +1,9 @@
 // First kernel of a direction: sums over channels, for any reducer. Block sums go to `partial`, the last
-// block of a group adds them in order and folds. Elements that are not there count as the center, which adds
-// nothing.
-//
-// A Reducer is an operation over elements (see batch.cuh) and has
-// - Center center(channel): what deviations are taken from, and what else elements of the channel need;
-// - Centers, those of a vector: set(lane, center), at(lane), and fill(), a vector that adds nothing;
-// - add(sums, elements, center), for elements of one channel, which leaves what output(i) gets in values[i];
-// - fold(channel, center, sums), what follows once per channel;
-// - kReuse: whether a map comes after it;
-// - phase(), of the tensor on whose boundaries the vectors of planes should lie.
+// block of a group adds them in order and folds.
 #pragma once
 
-#include "cuda/batch.cuh"
+#include "cuda/adding.cuh"
 #include "cuda/columns.cuh"
-#include "cuda/sums.cuh"
-#include "cuda/tensors.cuh"
 #include "formulas.h"
 #include "plan_cuda.h"
 
@@ -33,13 +22,13 @@ struct Reduction {
 };
 
 // The partial sums of one group, part(chunk, channel of the group), into totals(channel of the group, sums),
-// each called by one thread.
+// each called by one thread; memory: see sums_memory().
 template <class Part, class F>
 BNEXT_DEVICE void total(int chunks, int channels, double* memory, Part part, F totals) {
   const int threads = static_cast<int>(thread_count()), t = static_cast<int>(thread_index());
   for (int begin = 0; begin < channels; begin += threads) {
     const int count = channels - begin < threads ? channels - begin : threads;
-    const int slices = threads / count;
+    const int columns = 2 * count, slices = columns > threads ? 1 : threads / columns;
     const int channel = t % count, slice = t / count;
     Sums sums;
     if (slice < slices) {
@@ -56,73 +45,32 @@ BNEXT_DEVICE void total(int chunks, int channels, double* memory, Part part, F t
           sums += {element<double>(parts[k], 0), element<double>(parts[k], 1)};
       }
     }
-    sync_block();
-    if (slice < slices) memory[t] = sums.first;
-    sum_rows(memory, count, slices);
-    if (slice == 0) sums.first = memory[t];
-    sync_block();
-    if (slice < slices) memory[t] = sums.second;
-    sum_rows(memory, count, slices);
-    if (slice == 0) totals(begin + channel, {sums.first, memory[t]});
-  }
-}
-
-// What add() left of an element, back into the batch, if it is to be written.
-template <class Reducer, int kVectors, int kCount>
-BNEXT_DEVICE void put_back(const Reducer& reducer, Batch<Reducer, kVectors>& batch, int vector, int lane,
-                           const Elements<Reducer, kCount>& elements, int k) {
-  BNEXT_UNROLL
-  for (int i = 0; i < Reducer::kOutputs; ++i) {
-    if (writes(reducer, i)) {
-      set_element<typename Reducer::Storage>(batch.input[i][vector], lane, elements.values[i][k]);
+    if (slices == 1) {
+      if (slice == 0) totals(begin + channel, sums);
+      continue;
     }
-  }
-}
-
-// A batch of vectors, one beneath the other: lane by lane into sums[lane], some of the lanes.
-template <int kFirst, int kEnd, class Reducer, int kVectors>
-BNEXT_DEVICE void add_columns(const Reducer& reducer, Batch<Reducer, kVectors>& batch,
-                              const typename Reducer::Centers& centers, Sums* sums) {
-  BNEXT_UNROLL
-  for (int lane = kFirst; lane < kEnd; ++lane) {
-    Elements<Reducer, kVectors> elements;
-    BNEXT_UNROLL
-    for (int u = 0; u < kVectors; ++u) elements.take(u, batch, u, lane);
-    reducer.add(sums[lane], elements, centers.at(lane));
-    BNEXT_UNROLL
-    for (int u = 0; u < kVectors; ++u) put_back(reducer, batch, u, lane, elements, u);
-  }
-}
-
-// Elements of a run that are summed before their sums are added in double; of doubles, whose registers are
-// twice as many, half.
-template <class T>
-constexpr int kRunBatch = sizeof(T) == 8 ? 4 : 8;
-
-// The same of one channel: all lanes into one.
-template <class Reducer, int kVectors>
-BNEXT_DEVICE void add_run(const Reducer& reducer, Batch<Reducer, kVectors>& batch,
-                          const typename Reducer::Center& center, Sums& sums) {
-  using T = typename Reducer::Storage;
-  constexpr int kBatch = kRunBatch<T>, kTogether = kBatch / kLanes<T>;  // elements and vectors of a batch
-  BNEXT_UNROLL
-  for (int first = 0; first < kVectors; first += kTogether) {
-    Elements<Reducer, kBatch> elements;
-    BNEXT_UNROLL
-    for (int k = 0; k < kBatch; ++k) elements.take(k, batch, first + k / kLanes<T>, k % kLanes<T>);
-    reducer.add(sums, elements, center);
-    BNEXT_UNROLL
-    for (int k = 0; k < kBatch; ++k)
-      put_back(reducer, batch, first + k / kLanes<T>, k % kLanes<T>, elements, k);
+    if (slice < slices) {
+      memory[slice * columns + channel] = sums.first;
+      memory[slice * columns + count + channel] = sums.second;
+    }
+    const double* const left = memory + slices * columns;
+    const int rows = sum_rows(memory, columns, slices, memory + slices * columns);
+    if (slice == 0) {
+      InTurn first, second;
+      for (int row = 0; row < rows; ++row) {
+        first.add(left[row * columns + channel]);
+        second.add(left[row * columns + count + channel]);
+      }
+      totals(begin + channel, {first.sum(), second.sum()});
+    }
   }
 }
 
 // add(batch) of what lies at these places, then what that leaves to write.
 template <bool kWhole, class Reducer, int kVectors, class Add>
-BNEXT_DEVICE void reduce_batch(const Reducer& reducer, const Span (&places)[kVectors], const Vector16& fill,
-                               Add add) {
-  Batch<Reducer, kVectors> batch;
-  load_batch<Reducer::kReuse, kWhole>(reducer, places, fill, batch);
+BNEXT_DEVICE void reduce_batch(const Reducer& reducer, const Span (&places)[kVectors], Add add) {
+  Batch<Reducer, kVectors, kWhole> batch;
+  load_batch<Reducer::kReuse>(reducer, places, batch);
   add(batch);
   BNEXT_UNROLL
   for (int i = 0; i < Reducer::kOutputs; ++i) {
@@ -166,7 +114,10 @@ BNEXT_DEVICE void reduce_rows(const Reduction& r, Reducer& reducer) {
   double* const memory = reinterpret_cast<double*>(block_memory());
   {
     auto* const centers = reinterpret_cast<Center*>(memory);  // [channel of the group]
-    for (int k = index; k < channels; k += threads) centers[k] = reducer.center(first_channel + k);
+    for (int k = index; k < channels; k += threads) {
+      if (chunk == 0) reducer.fetch_for_fold(first_channel + k);
+      centers[k] = reducer.center(first_channel + k);
+    }
     sync_block();
   }
   typename Reducer::Centers centers;
@@ -174,13 +125,13 @@ BNEXT_DEVICE void reduce_rows(const Reduction& r, Reducer& reducer) {
   sync_block();
 
   Sums sums[kCount];
-  const auto add = [&](auto& batch) { add_columns<0, kCount>(reducer, batch, centers, sums); };
+  const auto add = [&](auto& batch) { add_in_parts<2>(reducer, batch, centers, sums, height); };
   if (whole) {
     BNEXT_NO_UNROLL
     for (; at < end; at += kVectors * height) {
       Span places[kVectors];
       batch_at(at, places);
-      reduce_batch<true>(reducer, places, centers.fill(), add);
+      reduce_batch<true>(reducer, places, add);
     }
   } else if (lanes > 0) {
     for (; at < end; at += kFew * height) {
@@ -188,13 +139,14 @@ BNEXT_DEVICE void reduce_rows(const Reduction& r, Reducer& reducer) {
       Span places[kFew];
       BNEXT_UNROLL
       for (int u = 0; u < kFew; ++u) places[u] = {e + u * stride, 0, at + u * height < end ? lanes : 0};
-      reduce_batch<false>(reducer, places, centers.fill(), add);
+      reduce_batch<false>(reducer, places, add);
     }
   }
   // What is left of the matrix is less than a row.
   if (chunk == t.chunks - 1 && row == 0 && lanes > 0 && t.rows * t.row_length < r.extent.numel()) {
-    const Span rest[1] = {{t.rows * t.row_length + base, 0, lanes}};
-    reduce_batch<false>(reducer, rest, centers.fill(), add);
+    const int64_t e = t.rows * t.row_length + base;
+    const Span rest[1] = {{e, 0, static_cast<int>(min_of<int64_t>(lanes, r.extent.numel() - e))}};
+    reduce_batch<false>(reducer, rest, add);
   }
 
   Sums* const partial = r.part(chunk, first_channel);
@@ -241,17 +193,15 @@ BNEXT_DEVICE void reduce_planes(const Reduction& r, Reducer& reducer) {
     batch_at(from, at, first);
     fetch_batch(reducer, first);
   }
+  if (chunk == 0 && thread_index() == 0) reducer.fetch_for_fold(channel);
   const Center center = reducer.center(channel);
-  typename Reducer::Centers centers;
-  BNEXT_UNROLL
-  for (int lane = 0; lane < kCount; ++lane) centers.set(lane, center);
   Sums sums;
-  const auto add = [&](auto& batch) { add_run(reducer, batch, center, sums); };
+  const auto add = [&](auto& batch) { add_run(reducer, batch, center, sums, t.height); };
   if (r.aligned) {
     for (; at < end; at += kVectors * threads) {
       Span places[kVectors];
       batch_at(walk, at, places);
-      reduce_batch<true>(reducer, places, centers.fill(), add);
+      reduce_batch<true>(reducer, places, add);
     }
   }
   const int phase = reducer.phase();
@@ -264,7 +214,7 @@ BNEXT_DEVICE void reduce_planes(const Reduction& r, Reducer& reducer) {
       if (at + u * threads >= end) places[u].high = 0;
       walk.forward();
     }
-    reduce_batch<false>(reducer, places, centers.fill(), add);
+    reduce_batch<false>(reducer, places, add);
   }
 
   double* const memory = reinterpret_cast<double*>(block_memory());

@@ -53,8 +53,8 @@ struct ResidentBlock {
   }
 
   // What is read of memory belongs to this place alone: another block may be writing to the next. Lanes
-  // without an element get what adds nothing.
-  BNEXT_DEVICE void copy(const Slab& slab, const Center* centers, const Span& place, int k) const {
+  // without an element get zero.
+  BNEXT_DEVICE void copy(const Span& place, int k) const {
     const bool whole = is_whole(place);
     BNEXT_UNROLL
     for (int i = 0; i < kInputs; ++i) {
@@ -65,16 +65,13 @@ struct ResidentBlock {
       } else {
         bits_t<T>* const to = lanes(i, k);
         each_lane<kCount>(place, r.numel, [&](int lane, int64_t e) {
-          const int c = slab.channel(lane);
-          to[lane] = e >= 0  ? reinterpret_cast<const bits_t<T>*>(data)[e]
-                     : c < 0 ? bits_t<T>{0}
-                             : Reducer::fill(centers[c]);
+          to[lane] = e >= 0 ? reinterpret_cast<const bits_t<T>*>(data)[e] : bits_t<T>{0};
         });
       }
     }
   }
 
-  BNEXT_DEVICE void begin_copies(const Slab& slab, const Center* centers) const {
+  BNEXT_DEVICE void begin_copies(const Slab& slab) const {
     if (r.bulk) {
       const Group group{r};
       return begin_bulk_copies(reducer, Slab::runs(r.reduction, group.slab(turn()), group.rank()), kept,
@@ -84,7 +81,7 @@ struct ResidentBlock {
     auto ahead = slab.places();
     BNEXT_NO_UNROLL
     for (int k = 0; k < slab.count; ++k) {
-      copy(slab, centers, ahead.place(), k);
+      copy(ahead.place(), k);
       ahead.forward();
       if (k % kVectors == kVectors - 1 || k == slab.count - 1) commit_copies();
     }
@@ -100,48 +97,40 @@ struct ResidentBlock {
   BNEXT_DEVICE void reduce(Center* centers, Sums (&sums)[Slab::kSums]) const {
     const Group group{r};
     const Slab slab(r.reduction, group.slab(turn()), group.rank(), r.phase);
-    const auto find_centers = [&] {
-      for (int k = thread_index(); k < slab.channels; k += thread_count()) {
-        centers[k] = reducer.center(slab.first_channel + k);
-      }
-      sync_block();
-    };
-    // Parts of vectors are filled up with centers, which otherwise wait until copies are under way.
-    BNEXT_NO_UNROLL
-    for (int step = 0; step < 2; ++step) {
-      if ((step == 0) == r.whole) {
-        begin_copies(slab, centers);
-      } else {
-        find_centers();
-      }
+    begin_copies(slab);
+    for (int k = thread_index(); k < slab.channels; k += thread_count()) {
+      centers[k] = reducer.center(slab.first_channel + k);
     }
+    sync_block();
     typename Reducer::Centers held;
     BNEXT_UNROLL
     for (int lane = 0; lane < kCount; ++lane) {
       const int k = slab.channel(lane);
       held.set(lane, k < 0 ? Center{} : centers[k]);
     }
-    const Vector16 fill = held.fill();
 
     auto at = slab.places();
     BNEXT_NO_UNROLL
     for (int k = 0; k < slab.count; k += kVectors) {
       Batch<Reducer, kVectors> batch;
       Span places[kVectors] = {};
-      if constexpr (Reducer::kReadsMask) {
-        BNEXT_UNROLL
-        for (int u = 0; u < kVectors; ++u) {
-          if (k + u < slab.count) places[u] = at.place();
-          at.forward();
-        }
+      BNEXT_UNROLL
+      for (int u = 0; u < kVectors; ++u) {
+        if (k + u < slab.count) places[u] = at.place();
+        at.forward();
+        const int64_t left = r.numel - places[u].at;
+        batch.there[u] =
+            r.whole ? (k + u < slab.count ? (1u << kCount) - 1 : 0)
+                    : lanes_there<kCount>({0, places[u].low,
+                                           left < places[u].high ? static_cast<int>(left) : places[u].high});
       }
-      load_bits<false>(reducer, places, batch);
+      load_bits(reducer, places, batch);
       wait_for(slab, k);
       BNEXT_UNROLL
       for (int i = 0; i < kInputs; ++i) {
         BNEXT_UNROLL
         for (int u = 0; u < kVectors; ++u) {
-          batch.input[i][u] = is_there(i) && k + u < slab.count ? kept.at(i, k + u) : fill;
+          batch.input[i][u] = is_there(i) && k + u < slab.count ? kept.at(i, k + u) : Vector16{};
         }
       }
       slab.add(reducer, batch, held, sums);

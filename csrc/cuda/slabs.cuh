@@ -2,7 +2,8 @@
 // keeps to its vectors from the copy to the store, so that what it keeps needs no barrier.
 //
 // A slab has channels, kVectors that a thread adds at a time, kSums sums and Centers of a thread; and
-// - places(), one after another: Span place(), forward(); `count` of them belong to the thread;
+// - places(), one after another: Span place(), forward(); `count` of them belong to the thread; the last row
+//   of a matrix may go past the end of the tensor;
 // - add(reducer, batch, centers, sums);
 // - add_up(sums, memory, to): over the block into to[channel of the slab], seen by all threads;
 // - channel(lane) of the slab, or -1;
@@ -18,7 +19,8 @@ namespace bnext::cuda {
 template <class Reducer>
 struct RowsSlab {
   using T = typename Reducer::Storage;
-  static constexpr int kCount = kLanes<T>, kVectors = Reducer::kVectors, kSums = kCount;
+  static constexpr int kCount = kLanes<T>, kVectors = Reducer::kVectors < 4 ? Reducer::kVectors : 4,
+                       kSums = kCount;
 
   struct Places {
     int64_t at, stride;
@@ -54,14 +56,11 @@ struct RowsSlab {
   }
   BNEXT_DEVICE int channel(int lane) const { return columns.channel(lane); }
 
-  // There are rows, but as far as the compiler knows the second half may never come: otherwise it has all
-  // lanes under way at once, in more registers than a thread has.
+  // See add_in_parts: there are rows.
   template <class Batch>
   BNEXT_DEVICE void add(const Reducer& reducer, Batch& batch, const typename Reducer::Centers& centers,
                         Sums (&sums)[kSums]) const {
-    constexpr int kHalf = kCount / 2;
-    add_columns<0, kHalf>(reducer, batch, centers, sums);
-    if (rows > 0) add_columns<kHalf, kCount>(reducer, batch, centers, sums);
+    add_in_parts<2>(reducer, batch, centers, sums, rows);
   }
 
   // Where columns repeat within a warp, over its lanes first.
@@ -128,7 +127,7 @@ struct PlanesSlab {
   template <class Batch>
   BNEXT_DEVICE void add(const Reducer& reducer, Batch& batch, const typename Reducer::Centers& centers,
                         Sums (&sums)[kSums]) const {
-    add_run(reducer, batch, centers.at(0), sums[0]);
+    add_run(reducer, batch, centers.at(0), sums[0], reduction.tiling.height);
   }
 
   BNEXT_DEVICE void add_up(const Sums (&sums)[kSums], double* memory, Sums* to) const {

@@ -20,17 +20,36 @@ BNEXT_DEVICE A sum_of(const A (&values)[kCount]) {
   return half[0];
 }
 
-// values[row][column] over rows, into row 0; the order depends on the sizes alone.
-BNEXT_DEVICE void sum_rows(double* values, int columns, int rows) {
-  sync_block();
-  while (rows > 1) {
-    const int half = (rows + 1) / 2;
-    for (int i = thread_index(); i < (rows - half) * columns; i += thread_count()) {
-      values[i] += values[half * columns + i];
-    }
-    rows = half;
-    sync_block();
+// One after another, but in turn, so that additions do not wait for each other.
+class InTurn {
+ public:
+  BNEXT_DEVICE void add(double value) {
+    const double next = a_ + value;
+    a_ = b_;
+    b_ = c_;
+    c_ = d_;
+    d_ = next;
   }
+  BNEXT_DEVICE double sum() const { return (a_ + b_) + (c_ + d_); }
+
+ private:
+  double a_ = 0, b_ = 0, c_ = 0, d_ = 0;
+};
+
+// values[row][column] over rows, of which few are left: rows to[slice][column], seen by all threads, which
+// have left their values. The order depends on the sizes alone; to: see sums_memory().
+BNEXT_DEVICE int sum_rows(const double* values, int columns, int rows, double* to) {
+  const int threads = static_cast<int>(thread_count()), most = threads / columns;
+  int slices = 1;
+  while (slices * slices < rows && 2 * slices <= most) slices *= 2;
+  sync_block();
+  for (int i = thread_index(); i < columns * slices; i += threads) {
+    InTurn some;
+    for (int at = i; at < columns * rows; at += columns * slices) some.add(values[at]);
+    to[i] = some.sum();
+  }
+  sync_block();
+  return slices;
 }
 
 // The sum over the block's threads, in thread 0; nobody else uses the memory meanwhile.

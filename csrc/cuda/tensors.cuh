@@ -2,13 +2,13 @@
 #pragma once
 
 #include "args.h"
-#include "cuda/primitives.cuh"
+#include "cuda/elements.cuh"
 #include "dispatch.h"
 
 namespace bnext::cuda {
 
 template <class A>
-BNEXT_DEVICE A min_of(A a, A b) {
+BNEXT_DEVICE constexpr A min_of(A a, A b) {
   return a < b ? a : b;
 }
 
@@ -72,10 +72,10 @@ struct Input {
     return load16<kReuse>(data + e);
   }
 
-  // Elements e + [low, high) as far as the tensor goes, of any alignment; the others as in `fill`. Two
-  // vectors that the wanted one straddles cost one load more, of bytes that a neighbour loads too.
+  // Elements e + [low, high) as far as the tensor goes, of any alignment; zero for the others. Two vectors
+  // that the wanted one straddles cost one load more, of bytes that a neighbour loads too.
   template <Reuse kReuse>
-  BNEXT_DEVICE Vector16 load_any(int64_t e, int low, int high, const Vector16& fill) const {
+  BNEXT_DEVICE Vector16 load_any(int64_t e, int low, int high) const {
     constexpr int kCount = kLanes<T>;
     if (low <= 0 && high >= kCount && e >= 0 && e + kCount <= numel) {
       const auto shift = static_cast<unsigned>(reinterpret_cast<uintptr_t>(data + e) % 16);
@@ -85,7 +85,7 @@ struct Input {
         return shifted(load<kReuse>(boundary), load<kReuse>(boundary + kCount), shift);
       }
     }
-    Vector16 v = fill;
+    Vector16 v{};
     BNEXT_UNROLL
     for (int lane = 0; lane < kCount; ++lane) {
       if (lane >= low && lane < high && e + lane >= 0 && e + lane < numel) {
@@ -125,6 +125,10 @@ struct Output {
 BNEXT_DEVICE double read_channel(const ChannelVector& v, int64_t c, double otherwise) {
   if (!v) return otherwise;
   return dispatch(v.dtype, [&]<class T>() { return widen(static_cast<const T*>(v.data)[c]); });
+}
+
+BNEXT_DEVICE void fetch_channel(const ChannelVector& v, int64_t c) {
+  if (v) fetch(static_cast<const char*>(v.data) + c * size_of(v.dtype));
 }
 
 BNEXT_DEVICE void write_channel(const ChannelVector& v, int64_t c, double value) {

@@ -40,10 +40,10 @@ struct Call {
   int64_t shift_x, shift_dy, shift_out, shift_residual, shift_dresidual;
   int64_t order, seed, resident_blocks;
   int64_t multiprocessors, block_threads, l2, shared_memory, multiprocessor_memory;
-  int64_t cluster_blocks, bulk_copies;
+  int64_t cluster_blocks, bulk_copies, early_launches;
   int64_t engine;  // as in plan_cuda.h's Choice
   int64_t skip_barrier, early_arrival, displace_stores, tear_atomics, skip_group_barrier, skip_async_wait,
-      unordered_wait;
+      skip_previous, unordered_wait;
   int64_t activation;  // as in activation.h
   double eps, momentum, activation_param;
 };
@@ -131,6 +131,7 @@ Took run_planned(const Args& args, Pass pass, const cuda::Device& device, cuda::
   std::vector<unsigned> counters(static_cast<size_t>(plan.counters()), 0u);
   run(args, plan,
       cuda::Workspace{nullptr, plan.scratch_bytes > 0 ? scratch.data() : nullptr, counters.data()});
+  model::synchronize();
   scratch.require_guards();
   for (const unsigned counter : counters) {
     if (counter != 0) throw std::runtime_error("a counter was left behind");
@@ -160,7 +161,7 @@ void make(const Call& call, std::istream& in, std::ostream& out) {
   Buffer* const counter = buffers.read(call.has_counter != 0, sizeof(int64_t));
   Buffer* const y = call.in_place != 0 ? x : buffers.empty(true, bytes, shifted(call.shift_out));
   Buffer* const mask = buffers.empty(call.mask != 0, static_cast<size_t>(mask_bytes(extent.numel())));
-  Buffer* const stats = buffers.empty(true, 2 * channels * sizeof(double));
+  Buffer* const stats = buffers.empty(true, (call.backward != 0 ? 4 : 2) * channels * sizeof(double));
   Buffer* const dx = buffers.empty(call.want_dx != 0, bytes, shifted(call.shift_out));
   Buffer* const dweight = buffers.empty(call.want_dweight != 0, grad_bytes);
   Buffer* const dbias = buffers.empty(call.want_dbias != 0, grad_bytes);
@@ -171,7 +172,7 @@ void make(const Call& call, std::istream& in, std::ostream& out) {
                       static_cast<unsigned>(call.multiprocessors * 2)});
   model::set_faults({static_cast<int>(call.skip_barrier), call.early_arrival != 0,
                      static_cast<ptrdiff_t>(call.displace_stores), call.tear_atomics != 0,
-                     call.skip_group_barrier != 0, call.skip_async_wait != 0,
+                     call.skip_group_barrier != 0, call.skip_async_wait != 0, call.skip_previous != 0,
                      static_cast<int>(call.unordered_wait)});
   const cuda::Device device{static_cast<int>(call.multiprocessors),
                             static_cast<int>(call.block_threads),
@@ -181,7 +182,8 @@ void make(const Call& call, std::istream& in, std::ostream& out) {
                             call.multiprocessor_memory,
                             0,
                             static_cast<int>(call.cluster_blocks),
-                            call.bulk_copies != 0};
+                            call.bulk_copies != 0,
+                            call.early_launches != 0};
   const auto engine = static_cast<cuda::Choice>(call.engine);
   auto vector = [&](Buffer* buffer) { return ChannelVector{data(buffer), vector_dtype}; };
 
@@ -199,6 +201,7 @@ void make(const Call& call, std::istream& in, std::ostream& out) {
   if (call.training != 0) forward.num_batches_tracked = static_cast<int64_t*>(data(counter));
   forward.mean = static_cast<double*>(data(stats));
   forward.invstd = forward.mean + extent.channels;
+  if (call.backward != 0) forward.kept = forward.invstd + extent.channels;
   forward.eps = call.eps;
   forward.momentum = call.momentum;
   forward.cumulative = call.cumulative != 0;
@@ -220,8 +223,8 @@ void make(const Call& call, std::istream& in, std::ostream& out) {
     backward.mask = forward.mask;
     backward.dresidual = data(dresidual);
     backward.from_output = call.in_place != 0;
-    backward.weight = vector(weight);
-    backward.bias = vector(bias);
+    if (weight != nullptr) backward.weight = {forward.kept, Dtype::float64};
+    if (bias != nullptr) backward.bias = {forward.kept + extent.channels, Dtype::float64};
     backward.activation = forward.activation;
     backward.mean = forward.mean;
     backward.invstd = forward.invstd;

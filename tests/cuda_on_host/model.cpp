@@ -24,7 +24,8 @@ void run(unsigned blocks, unsigned threads, size_t shared_bytes, unsigned alive,
   }
   const Unwatched unwatched;
   ++process.counts.launches;
-  Launch(blocks, threads, shared_bytes, alive, cluster, body).run();
+  process.bodies.push_back(std::make_unique<std::function<void()>>(body));
+  Launch(blocks, threads, shared_bytes, alive, cluster, *process.bodies.back()).run();
 }
 
 unsigned blocks_at_once(unsigned blocks, unsigned threads) {
@@ -61,7 +62,22 @@ void set_faults(const Faults& planted) { process.faults = planted; }
 
 Statistics statistics() { return process.counts; }
 
+void synchronize() {
+  if (!process.ends_later) return;
+  const Unwatched unwatched;
+  for (char& token : process.end_tokens) acquire(&token);
+  forget_fibers();
+  process.memory_of_ended.clear();
+  process.bodies.clear();
+  process.ends_later = false;
+}
+
+void launch_early(unsigned blocks, unsigned threads, size_t shared_bytes, const std::function<void()>& body) {
+  run(blocks, threads, shared_bytes, blocks_at_once(blocks, threads), 1, body);
+}
+
 void launch(unsigned blocks, unsigned threads, size_t shared_bytes, const std::function<void()>& body) {
+  synchronize();
   run(blocks, threads, shared_bytes, blocks_at_once(blocks, threads), 1, body);
 }
 
@@ -71,6 +87,7 @@ void launch_clusters(unsigned blocks, unsigned cluster, unsigned threads, size_t
     throw std::invalid_argument("launch of " + std::to_string(blocks) + " blocks in clusters of " +
                                 std::to_string(cluster));
   }
+  synchronize();
   run(blocks, threads, shared_bytes, blocks_at_once(blocks, threads), cluster, body);
 }
 
@@ -81,6 +98,7 @@ void launch_cooperative(unsigned blocks, unsigned threads, size_t shared_bytes,
                              " blocks, of which the device holds " +
                              std::to_string(process.options.device_blocks));
   }
+  synchronize();
   run(blocks, threads, shared_bytes, blocks, 1, body);
 }
 
@@ -91,6 +109,16 @@ unsigned block_count() { return launched->blocks; }
 std::byte* block_memory() { return current->block->memory.get(); }
 ptrdiff_t store_displacement() { return process.faults.displace_stores; }
 bool atomics_are_torn() { return process.faults.tear_atomics; }
+
+void let_next_begin() {
+  const Unwatched unwatched;
+  launched->lets_next_begin = true;
+}
+
+void wait_for_previous() {
+  const Unwatched unwatched;
+  if (!process.faults.skip_previous) acquire(&process.end_tokens[(launched->number + 1) % 2]);
+}
 
 void sync_block() {
   const Unwatched unwatched;

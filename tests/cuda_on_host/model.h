@@ -35,6 +35,7 @@ struct Faults {
   bool tear_atomics = false;        // set_bits() reads, and then writes
   bool skip_group_barrier = false;  // arrive_and_wait() waits for nobody
   bool skip_async_wait = false;     // wait_for_copies() and wait_for_bytes() return with copies under way
+  bool skip_previous = false;       // wait_for_previous() orders nothing
   int unordered_wait = -1;          // the k-th wait_for_cluster() of each thread, from 0, orders nothing
 };
 
@@ -47,6 +48,12 @@ void set_faults(const Faults& faults);
 // spins and never waits is not noticed). After an exception the next launch starts afresh; threads that were
 // under way are left as they are, without running destructors.
 void launch(unsigned blocks, unsigned threads, size_t shared_bytes, const std::function<void()>& body);
+
+// It may begin while the launch before it runs, if threads of that said let_next_begin(): for ThreadSanitizer
+// its threads are ordered after those of the other only by wait_for_previous(). The host is ordered after
+// both by the next launch of another kind, or by synchronize().
+void launch_early(unsigned blocks, unsigned threads, size_t shared_bytes, const std::function<void()>& body);
+void synchronize();
 
 // All blocks are alive at once; std::runtime_error where the device does not hold as many.
 void launch_cooperative(unsigned blocks, unsigned threads, size_t shared_bytes,
@@ -75,6 +82,10 @@ unsigned block_count();
 // The block's own, on a boundary of 128 bytes, exactly shared_bytes long, 0xCD everywhere when the block
 // starts.
 std::byte* block_memory();
+
+// See launch_early().
+void let_next_begin();
+void wait_for_previous();
 
 // All threads of the block call it; what any did before is visible to all after.
 void sync_block();

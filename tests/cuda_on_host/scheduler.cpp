@@ -118,6 +118,7 @@ Launch::Launch(unsigned blocks, unsigned threads, size_t shared_bytes, unsigned 
                const std::function<void()>& body)
     : blocks(blocks),
       threads(threads),
+      number(process.counts.launches),
       body(body),
       shared_bytes_(shared_bytes),
       alive_(alive),
@@ -138,8 +139,8 @@ Launch::~Launch() {
     if (block != nullptr) retire(std::move(block));
   }
   resident_.clear();
-  acquire(&end_token_);
-  forget_fibers();
+  process.ends_later = true;
+  if (!lets_next_begin) synchronize();
   launched = nullptr;
   current = nullptr;
 }
@@ -215,9 +216,9 @@ bool Launch::give_turn(Block& block) {
 }
 
 void Launch::retire(std::unique_ptr<Block> block) {
-  for (unsigned t = 0; t < threads; ++t) block->threads[t].fiber.release_all(&end_token_);
+  for (unsigned t = 0; t < threads; ++t) block->threads[t].fiber.release_all(&process.end_tokens[number % 2]);
   if (block->cluster != nullptr) block->cluster->blocks[block->index % cluster_] = nullptr;
-  if (kThreadSanitizer) memory_of_ended_.push_back(std::move(block->memory));
+  if (kThreadSanitizer) process.memory_of_ended.push_back(std::move(block->memory));
 }
 
 void Launch::run() {

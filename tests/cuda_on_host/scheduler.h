@@ -133,6 +133,12 @@ struct Process {
   Faults faults;
   Statistics counts{};
   std::mt19937_64 generator;  // of the random order
+  // Order what threads of a launch did before what follows it; two take turns, for a launch and the one
+  // before.
+  char end_tokens[2] = {};
+  std::vector<std::unique_ptr<std::function<void()>>> bodies;  // that the host has not seen end
+  bool ends_later = false;              // the host is not ordered after the last launch yet
+  std::vector<Memory> memory_of_ended;  // ThreadSanitizer: no address twice until it is
 };
 extern Process process;
 
@@ -146,6 +152,8 @@ class Launch {
   void run();
 
   const unsigned blocks, threads;
+  const uint64_t number;  // of launches
+  bool lets_next_begin = false;
   const std::function<void()>& body;
   std::exception_ptr failure;  // of a thread
   char begin_token = 0;        // orders what was done before the launch before what threads do
@@ -161,8 +169,6 @@ class Launch {
   std::vector<unsigned> block_order_, thread_order_;
   size_t started_ = 0;
   std::vector<std::unique_ptr<Block>> resident_;
-  std::vector<Memory> memory_of_ended_;  // ThreadSanitizer: no address twice in a launch
-  char end_token_ = 0;                   // orders what threads did before what follows the launch
 };
 
 extern Launch* launched;
