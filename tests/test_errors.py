@@ -6,7 +6,7 @@ Where torch has the error, its own call is made beside ours and type and text ar
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 import bnext
 from bnext.functional import batch_norm
+from cases import refused_alike
 
 TORCH = SimpleNamespace(
     BatchNorm1d=nn.BatchNorm1d,
@@ -85,23 +86,6 @@ FUNCTION_CASES: dict[str, Callable[[Any], Tensor]] = {
 }
 
 
-def torch_checks_eps() -> bool:
-    """Not in 2.11."""
-    try:
-        TORCH.batch_norm(ones(2, 4), ones(4), ones(4), training=True, eps=0.0)
-    except ValueError:
-        return True
-    return False
-
-
-def every(cases: Iterable[str]) -> pytest.MarkDecorator:
-    """Case that torch refuses."""
-    unchecked = () if torch_checks_eps() else (pytest.mark.skip(reason="this torch takes any eps"),)
-    return pytest.mark.parametrize(
-        "case", [pytest.param(name, marks=unchecked if "eps" in name else ()) for name in cases]
-    )
-
-
 def error_of(call: Callable[[], object]) -> Exception:
     with pytest.raises(Exception) as caught:
         call()
@@ -117,7 +101,7 @@ def assert_untouched(layer: nn.Module, before: dict[str, Tensor]) -> None:
         assert torch.equal(tensor, before[name]), f"{name} has changed"
 
 
-@every(LAYER_CASES)
+@pytest.mark.parametrize("case", refused_alike(LAYER_CASES))
 def test_layers_refuse_what_torch_refuses(case: str, device: str) -> None:
     make, x = LAYER_CASES[case]
     x = x.to(device)
@@ -130,7 +114,7 @@ def test_layers_refuse_what_torch_refuses(case: str, device: str) -> None:
     assert_untouched(layer, before)
 
 
-@every(FUNCTION_CASES)
+@pytest.mark.parametrize("case", refused_alike(FUNCTION_CASES))
 def test_the_function_refuses_what_torch_refuses(case: str) -> None:
     call = FUNCTION_CASES[case]
     error, expected = error_of(lambda: call(BNEXT)), error_of(lambda: call(TORCH))
