@@ -43,6 +43,9 @@ constexpr Size mask_bytes(const Size& numel) {
   return numel / 32 * 4 + 8;
 }
 
+// Rows of the statistics, float64: mean, invstd; then, kept for a backward pass, weight (or 1), bias (or 0).
+constexpr int64_t kStatisticsRows = 2, kKeptWeight = 2, kKeptBias = 3, kKeptRows = 4;
+
 struct ForwardArgs {
   Extent extent;
   Dtype dtype = Dtype::float32;
@@ -54,7 +57,7 @@ struct ForwardArgs {
   int64_t* num_batches_tracked = nullptr;
   double* mean = nullptr;    // out: statistics the output was normalised with
   double* invstd = nullptr;  // out
-  double* kept = nullptr;    // out, for a backward pass: weight (or 1), then bias (or 0)
+  double* kept = nullptr;    // out, for a backward pass: rows kKeptWeight and kKeptBias
   double eps = 0;
   double momentum = 0;      // weight of the new value
   bool cumulative = false;  // momentum = 1 / num_batches_tracked instead

@@ -96,7 +96,8 @@ struct ParameterDtype {
     const auto own = x.scalar_type();
     TORCH_CHECK(got == own || (got == at::kFloat && is_16_bit(own)) || (or_kept && got == at::kDouble),
                 "expected ", name, " to have dtype ", c10::toString(own), is_16_bit(own) ? " or Float" : "",
-                " beside an input of dtype ", c10::toString(own), ", but got ", c10::toString(got));
+                or_kept && own != at::kDouble ? " or Double" : "", " beside an input of dtype ",
+                c10::toString(own), ", but got ", c10::toString(got));
     if (first_name == nullptr) {
       first_name = name;
       dtype = got;
@@ -194,10 +195,10 @@ inline void require_recoverable(const std::optional<at::Tensor>& weight) {
 }
 
 inline void require_statistics(const at::Tensor& stats, const at::Tensor& x) {
-  TORCH_CHECK(stats.dim() == 2 && (stats.sym_size(0) == 2 || stats.sym_size(0) == 4) &&
+  TORCH_CHECK(stats.dim() == 2 && (stats.sym_size(0) == kStatisticsRows || stats.sym_size(0) == kKeptRows) &&
                   stats.sym_size(1) == x.sym_size(1),
-              "expected stats of size torch.Size([2, ", x.sym_size(1), "]) or torch.Size([4, ", x.sym_size(1),
-              "]), but got ", size_text(stats));
+              "expected stats of size torch.Size([", kStatisticsRows, ", ", x.sym_size(1),
+              "]) or torch.Size([", kKeptRows, ", ", x.sym_size(1), "]), but got ", size_text(stats));
   TORCH_CHECK(stats.scalar_type() == at::kDouble, "expected stats of dtype Double, but got ",
               c10::toString(stats.scalar_type()));
   require_same_device("stats", stats, x);

@@ -16,9 +16,6 @@ namespace bnext {
 using OptionalTensor = std::optional<at::Tensor>;
 using ActivationName = std::optional<c10::string_view>;
 using ForwardResult = std::tuple<at::Tensor, at::Tensor, at::Tensor>;  // y, stats, mask
-
-// Rows of stats, float64: mean, invstd; then, kept for a backward pass, weight (or 1) and bias (or 0).
-constexpr int64_t kStatisticsRows = 2, kKeptWeight = 2, kKeptBias = 3, kKeptRows = 4;
 using BackwardResult =
     std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;  // dx, dweight, dbias, dresidual
 

@@ -236,12 +236,9 @@ def test_selections_cost_no_bit(
     layout: str, shape: tuple[int, ...], dtypes: Dtypes, mode: Mode, active: Active, device: str
 ) -> None:
     """They commute with rounding: the same bits as behind our layer, gradients of relu included. (relu6's slope is not
-    that of the stored z where that is rounded up to 6. On CUDA sums over rows are of other batches where a slope is
-    found: there dx has the same bits only in eval, where it does without them.)
+    that of the stored z where that is rounded up to 6.)
     """
     exact = 1 if active == RELU6 else 4
-    if torch.device(device).type == "cuda":
-        exact = min(exact, 1 if mode == TRAIN else 2)
     results = []
     for fused in (True, False):
         problem = make_active(active, shape, LAYOUT[layout], dtypes, mode, device=device)

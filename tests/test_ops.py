@@ -232,7 +232,7 @@ BAD_CALLS: dict[str, tuple[type[Exception], str, Callable[[], object]]] = {
     ),
     "weight, dtype": (
         RuntimeError,
-        "expected weight to have dtype",
+        "expected weight to have dtype Float or Double beside",
         lambda: backward(weight=torch.ones(3).half()),
     ),
     "x, 1D": (ValueError, "at least 2D", lambda: backward(X[0], X[0])),

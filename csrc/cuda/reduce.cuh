@@ -167,10 +167,9 @@ template <class Reducer>
 BNEXT_DEVICE void reduce_planes(const Reduction& r, Reducer& reducer) {
   using T = typename Reducer::Storage;
   using Center = typename Reducer::Center;
-  constexpr int kCount = kLanes<T>, kTogether = kRunBatch<T> / kCount;  // vectors of a batch
-  constexpr int kMost = sizeof(T) == 2 ? 4 : Reducer::kVectors;         // wider, and registers are too few
-  constexpr int kAtOnce = min_of(Reducer::kVectors, kMost),
-                kVectors = kAtOnce > kTogether ? kAtOnce : kTogether;
+  constexpr int kCount = kLanes<T>, kTogether = kRunBatch<T> / kCount;        // vectors of a batch
+  constexpr int kAtOnce = min_of(Reducer::kVectors, sizeof(T) == 2 ? 4 : 8);  // as registers allow
+  constexpr int kVectors = kAtOnce > kTogether ? kAtOnce : kTogether;
   constexpr int kFew = kTogether > 2 ? kTogether : 2;
   const Tiling& t = r.tiling;
   const unsigned groups = static_cast<unsigned>(t.groups);

@@ -19,8 +19,8 @@ namespace bnext::cuda {
 template <class Reducer>
 struct RowsSlab {
   using T = typename Reducer::Storage;
-  static constexpr int kCount = kLanes<T>, kVectors = Reducer::kVectors < 4 ? Reducer::kVectors : 4,
-                       kSums = kCount;
+  static constexpr int kCount = kLanes<T>, kSums = kCount;
+  static constexpr int kVectors = min_of(Reducer::kVectors, 4);  // as registers allow
 
   struct Places {
     int64_t at, stride;
