@@ -32,9 +32,9 @@ at::Tensor empty_vector(at::IntArrayRef sizes, at::ScalarType dtype, const at::T
   return at::empty(sizes, like.options().dtype(dtype));
 }
 
-at::Tensor empty_output(const at::Tensor& like, at::MemoryFormat format) {
+at::Tensor empty_output(const at::Tensor& like, at::MemoryFormat format, Output which) {
   if (!like.is_cpu()) return at::empty(like.sizes(), like.options(), format);
-  return at::detail::empty_generic(like.sizes(), output_allocator(like.nbytes()),
+  return at::detail::empty_generic(like.sizes(), output_allocator(like.nbytes(), which),
                                    c10::DispatchKeySet(c10::DispatchKey::CPU), like.scalar_type(), format);
 }
 

@@ -4,6 +4,7 @@
 #include <ATen/core/Tensor.h>
 
 #include "args.h"
+#include "output_memory.h"
 #include "plan.h"
 
 namespace bnext {
@@ -14,7 +15,7 @@ void require_engine(const at::Tensor& x);
 
 // Uninitialised, on the device of `like`.
 at::Tensor empty_vector(at::IntArrayRef sizes, at::ScalarType dtype, const at::Tensor& like);
-at::Tensor empty_output(const at::Tensor& like, at::MemoryFormat format);
+at::Tensor empty_output(const at::Tensor& like, at::MemoryFormat format, Output which = Output::first);
 
 // Plans and launches on the device of x. On a GPU that is its current stream, and nothing waits.
 void run(const ForwardArgs& args, Pass pass, const at::Tensor& x);

@@ -185,13 +185,13 @@ BackwardResult backward_dense(const BackwardCall& call) {
   const at::Tensor dense_residual = dense_like(input, call.residual);
   const at::Tensor dense_mask = present(call.mask) ? call.mask->contiguous() : at::Tensor();
   const Parameter w(call.weight), b(call.bias);
-  auto like_x = [&](bool some) {
-    return some ? empty_output(input.dense, input.format) : empty_vector({0}, x.scalar_type(), x);
+  auto like_x = [&](bool some, Output which = Output::first) {
+    return some ? empty_output(input.dense, input.format, which) : empty_vector({0}, x.scalar_type(), x);
   };
   auto per_channel = [&](bool some) {
     return empty_vector({some ? x.size(1) : 0}, call.parameter_dtype(), x);
   };
-  at::Tensor dx = like_x(wanted[0] || wanted[3]), dresidual = like_x(wanted[3]);
+  at::Tensor dx = like_x(wanted[0] || wanted[3]), dresidual = like_x(wanted[3], Output::second);
   at::Tensor dweight = per_channel(wanted[1]), dbias = per_channel(wanted[2]);
 
   BackwardArgs args;

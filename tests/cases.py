@@ -192,6 +192,7 @@ MATRICES = [(n, c) for c in CHANNELS for n in (2, 65)]
 EXTREMES = [
     (100_003, 3),  # a huge batch of few channels: the reduction is all the work
     (2, 65_536),  # two rows of many channels: the per-channel work is all the work
+    (11, 1_043),  # rows so wide that several are mapped at once, and three left
     (1, 7, 1, 5),  # a batch of one, a plane of one line
     (1, 1, 1, 2),  # the smallest that has a variance
     (2, 3, 1, 1),  # every layout at once: no dimension but batch and channel is larger than one

@@ -99,8 +99,8 @@ def imports(path: Path) -> set[str]:
 
 def test_there_is_something_to_read() -> None:
     names = {name_of(path) for path in SOURCES}
-    assert {"bnext/modules.py", "csrc/ops.cpp", "csrc/cpu/loops.h", "tests/test_sources.py"} <= names
-    assert {"loops.h", "folds_forward.h", "folds_backward.h"} <= {path.name for path in per_instruction_set()}
+    assert {"bnext/modules.py", "csrc/ops.cpp", "csrc/cpu/rows.h", "tests/test_sources.py"} <= names
+    assert {"rows.h", "folds_forward.h", "folds_backward.h"} <= {path.name for path in per_instruction_set()}
 
 
 @pytest.mark.parametrize("path", sorted(set(SOURCES) - GENERATED), ids=name_of)

@@ -86,6 +86,7 @@ struct Called {
 // besides dy and x.
 
 struct ReadsNoMore {
+  template <Cache C>
   BNEXT_INLINE void fetch_at(int64_t) const {}
 };
 
@@ -119,8 +120,9 @@ struct CalledSlope {
       : kind(operands.activation.kind),
         param(static_cast<A>(operands.activation.param)),
         residual(static_cast<const T*>(operands.residual)) {}
+  template <Cache C>
   BNEXT_INLINE void fetch_at(int64_t offset) const {
-    if constexpr (Residual) fetch(residual + offset);
+    if constexpr (Residual) fetch<C>(residual + offset);
   }
   template <class Span>
   BNEXT_INLINE void apply(Span span, int64_t offset, Lanes<A>& dy, Lanes<A> z) const {

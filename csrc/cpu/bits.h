@@ -103,6 +103,7 @@ class BitWriter {
 // In its place where a map writes no mask.
 struct NoBits {
   explicit NoBits(void*) {}
+  static constexpr bool wanted() { return false; }
   void seek(int64_t) {}
   void finish() {}
 };

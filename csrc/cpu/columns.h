@@ -1,7 +1,7 @@
 // The columns of a tile that is walked as rows: from per-channel values to one per column, and back to
 // channels.
 //
-// Included once per instruction set, before loops.h.
+// Included once per instruction set, before rows.h.
 
 // In eight interleaved parts, so that the additions do not wait for each other.
 BNEXT_INLINE double sum(const double* values, int64_t n) {

@@ -52,8 +52,10 @@ struct Cache {
   }
 };
 
-// Anonymous memory, huge pages wished for. Mapped with room for alignment, which is given back.
-void* map_block(size_t bytes) {
+// Anonymous memory, huge pages wished for, `size` being whole ones. Mapped with room for alignment, which is
+// given back.
+void* map_block(size_t size) {
+  const size_t bytes = size + kSpareBytes;
   void* raw = mmap(nullptr, bytes + kHugePage, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (raw == MAP_FAILED) return nullptr;
   const auto address = reinterpret_cast<uintptr_t>(raw);
@@ -63,6 +65,8 @@ void* map_block(size_t bytes) {
   madvise(reinterpret_cast<void*>(begin), bytes, MADV_HUGEPAGE);  // advice: failure changes nothing
   return reinterpret_cast<void*>(begin);
 }
+
+void unmap(void* data, size_t size) { munmap(data, size + kSpareBytes); }
 
 }  // namespace
 
@@ -92,7 +96,7 @@ void release_block(void* data, size_t bytes) noexcept {
     const std::lock_guard lock(cache.mutex);
     hot = cache.stays_hot(size);
   }
-  if (!hot) madvise(data, size, MADV_FREE);  // not under the lock: it takes a while
+  if (!hot) madvise(data, size + kSpareBytes, MADV_FREE);  // not under the lock: it takes a while
   const std::lock_guard lock(cache.mutex);
   try {
     if (cache.fits(size)) {
@@ -103,7 +107,7 @@ void release_block(void* data, size_t bytes) noexcept {
     }
   } catch (...) {  // no memory for the list
   }
-  munmap(data, size);
+  unmap(data, size);
 }
 
 size_t empty_cache() noexcept {
@@ -111,7 +115,7 @@ size_t empty_cache() noexcept {
   const std::lock_guard lock(cache.mutex);
   const size_t freed = cache.bytes;
   for (auto& [size, blocks] : cache.blocks) {
-    for (const Block& block : blocks) munmap(block.data, size);
+    for (const Block& block : blocks) unmap(block.data, size);
   }
   cache.blocks.clear();
   cache.bytes = cache.hot_bytes = 0;

@@ -14,8 +14,12 @@ namespace bnext::cpu {
 // Below this size the C library's allocator mostly hands out memory that was touched before.
 constexpr size_t kLargeBytes = size_t{2} << 20;
 
-// A block of at least `bytes`, aligned to a huge page; null where the system has none. Thread-safe, as all
-// here.
+// Bytes that a block has beyond those asked for: a page of any system, of which only what is used takes
+// memory.
+constexpr size_t kSpareBytes = size_t{64} << 10;
+
+// A block of at least `bytes`, and the spare ones, aligned to a huge page; null where the system has none.
+// Thread-safe, as all here.
 void* acquire_block(size_t bytes) noexcept;
 
 // Gives back what acquire_block returned for the same number of bytes.

@@ -73,6 +73,24 @@ struct LaneSums {
   }
 };
 
+template <class A>
+BNEXT_INLINE Lanes<double> as_double(const Lanes<A>& v) {
+  if constexpr (sizeof(A) == sizeof(double)) {
+    return v;
+  } else {
+    alignas(64) A buffer[kLanes];
+    store(buffer, v);
+    return load<double>(buffer);
+  }
+}
+
+// The sums of lanes of T to sums of elements.
+template <class T, class A>
+BNEXT_INLINE void add_to(double* first, double* second, const LaneSums<A>& sums) {
+  store(first, load<double>(first) + as_double(in_memory_order<T>(sums.first)));
+  store(second, load<double>(second) + as_double(in_memory_order<T>(sums.second)));
+}
+
 // ---- reducers ----
 // coefficient(operands, k, channel): 0 is the center, what is subtracted from x.
 
@@ -88,7 +106,10 @@ struct MomentsReducer {
   BNEXT_INLINE static Math coefficient(const Operands& operands, int, int64_t channel) {
     return static_cast<Math>(operands.center[channel]);
   }
-  BNEXT_INLINE void fetch_at(int64_t offset) const { fetch(x + offset); }
+  template <Cache C = Cache::l2>
+  BNEXT_INLINE void fetch_at(int64_t offset) const {
+    fetch<C>(x + offset);
+  }
 
   template <class Span>
   BNEXT_INLINE void step(LaneSums<Math>& sums, int64_t offset, const Coefficients<Math, 1>& c,
@@ -119,10 +140,11 @@ struct Gradient {
         streaming(operands.streaming_stores),
         slope(operands) {}
 
+  template <Cache C = Cache::l2>
   BNEXT_INLINE void fetch_at(int64_t offset) const {
-    fetch(x + offset);
-    fetch(dy + offset);
-    slope.fetch_at(offset);
+    fetch<C>(x + offset);
+    fetch<C>(dy + offset);
+    slope.template fetch_at<C>(offset);
   }
 
   // c: center, then with kFromInput scale and offset of z.
@@ -164,7 +186,10 @@ struct GradSumsReducer {
     const void* const values = operands.coefficients[k == kScale ? 0 : k + 1];
     return static_cast<const Math*>(values)[channel];
   }
-  BNEXT_INLINE void fetch_at(int64_t offset) const { gradient.fetch_at(offset); }
+  template <Cache C = Cache::l2>
+  BNEXT_INLINE void fetch_at(int64_t offset) const {
+    gradient.template fetch_at<C>(offset);
+  }
 
   template <class Span>
   BNEXT_INLINE void step(LaneSums<Math>& sums, int64_t offset, const Coefficients<Math, kCoefficients>& c,
