@@ -171,10 +171,17 @@ BNEXT_INLINE Lanes<float> load_bf16(const void* p) {
   const auto pairs = load_native<Native<uint32_t>>(p);
   return {{(Native<float>)(pairs << 16), (Native<float>)(pairs & 0xffff0000u)}};
 }
+// round_bf16 for all words at once, in 9 instructions instead of 11: one more where the lower word is above
+// half, or half and the upper one odd. Compared as signed words, half being 0.
 template <class Store>
 BNEXT_INLINE void store_bf16(void* p, const Lanes<float>& v, Store store_vector) {
-  const auto even = round_bf16<Native<uint32_t>>(v.part[0]), odd = round_bf16<Native<uint32_t>>(v.part[1]);
-  store_vector(p, (even >> 16) | (odd & 0xffff0000u));
+  const __m256i even = (__m256i)v.part[0], odd = (__m256i)v.part[1];
+  const __m256i upper = _mm256_blend_epi16(_mm256_srli_epi32(even, 16), odd, 0xaa);
+  const __m256i lower = _mm256_blend_epi16(even, _mm256_slli_epi32(odd, 16), 0xaa);
+  const __m256i from_half = _mm256_xor_si256(lower, _mm256_set1_epi16(INT16_MIN));
+  const __m256i odd_counts = _mm256_adds_epi16(from_half, _mm256_and_si256(upper, _mm256_set1_epi16(1)));
+  const __m256i more = _mm256_cmpgt_epi16(odd_counts, _mm256_setzero_si256());  // ones, which is -1
+  store_vector(p, _mm256_sub_epi16(upper, more));
 }
 template <class Store>
 BNEXT_INLINE void store_half(void* p, const Lanes<float>& v, Store store_vector) {
