@@ -54,7 +54,7 @@ void reduce_planes(const Operands& operands, const Geometry& geometry, const Til
   const int64_t numel = e.numel();
   double* lanes = static_cast<double*>(scratch);  // [channel][2][kLanes]
   const int64_t ahead = fetch_distance<Storage>(e, tile, 1);
-  const bool fetches = operands.fetches;
+  const bool fetches = operands.fetches, streaming = operands.streaming_stores;
   for (int64_t k = 0; k < tile.channels() * 2 * kLanes; ++k) lanes[k] = 0;
 
   for_each_run<false>(
@@ -74,7 +74,7 @@ void reduce_planes(const Operands& operands, const Geometry& geometry, const Til
               reducer.fetch_at(offset + i + ahead + k);
           }
           auto step = [&](LaneSums<Math>& to) __attribute__((always_inline)) {
-            reducer.step(to, offset + i, c, Full{});
+            reducer.step(to, offset + i, c, Full{streaming});
             i += kLanes;
           };
           for (int64_t k = 0; k < vectors / 2; ++k) {
@@ -101,7 +101,7 @@ void reduce_planes(const Operands& operands, const Geometry& geometry, const Til
     for (int lane = 0; lane < kLanes; ++lane) total += Sums{first[lane], first[kLanes + lane]};
     sums[k] += total;
   }
-  if (operands.streaming_stores) streaming_fence();
+  if (streaming) streaming_fence();
 }
 
 // Whole runs of consecutive channels lie side by side: vectors walk on from one to the next, with the
@@ -114,7 +114,8 @@ void map_planes(const Operands& operands, const Geometry& geometry, const Tile& 
   const Map map(operands);
   typename Map::Bits bits(operands.mask);
   const Extent e = geometry.extent;
-  const bool in_place = operands.out == operands.x, fetches = operands.fetches;
+  const bool in_place = operands.out == operands.x, fetches = operands.fetches,
+             streaming = operands.streaming_stores;
   const int64_t numel = e.numel(), mapped = fetch_distance<Storage>(e, tile, -1);
   const int64_t reduced = tile.ahead != 0 ? tile.ahead : mapped;
   const auto of = [&](int64_t channel) __attribute__((always_inline)) {
@@ -129,13 +130,15 @@ void map_planes(const Operands& operands, const Geometry& geometry, const Tile& 
     const int64_t end = channel + channels;
     auto c = of(channel);
     bits.seek(at);
-    const auto step = [&](const auto& with) __attribute__((always_inline)) {
+    const auto step = [&](const auto& with, bool streams) __attribute__((always_inline)) {
       if (unlikely(fetches)) map.fetch_at(at + reduced, at + mapped);
-      map.step(bits, at, with, Full{});
+      map.step(bits, at, with, Full{streams});
       at += kLanes;
     };
     for (int64_t left = length;; left += length) {
-      for (int64_t n = left / kLanes; n > 0; --n) step(c);
+      for_either(streaming, [&](auto streams) __attribute__((always_inline)) {
+        for (int64_t n = left / kLanes; n > 0; --n) step(c, streams.value);
+      });
       left %= kLanes;
       if (++channel == end) {
         if (left > 0) map.step(bits, at, c, First{left, !in_place && at + kLanes <= numel});
@@ -144,9 +147,10 @@ void map_planes(const Operands& operands, const Geometry& geometry, const Tile& 
       const auto next = of(channel);
       if (left > 0) {
         const uint32_t mine = (1u << left) - 1;
-        step(coefficients_from<Math>(
-            [&](int k) __attribute__((always_inline)) { return select<Storage>(mine, c.k[k], next.k[k]); },
-            All{}));
+        step(coefficients_from<Math>([&](int k) __attribute__((
+                                         always_inline)) { return select<Storage>(mine, c.k[k], next.k[k]); },
+                                     All{}),
+             streaming);
         left -= kLanes;
       }
       c = next;
@@ -154,5 +158,5 @@ void map_planes(const Operands& operands, const Geometry& geometry, const Tile& 
   };
   for_each_run<true>(e, tile, e.inner >= kLanes, region);
   bits.finish();
-  if (operands.streaming_stores) streaming_fence();
+  if (streaming) streaming_fence();
 }

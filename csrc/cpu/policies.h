@@ -1,10 +1,12 @@
 // What happens to sixteen elements: reducers and maps, templates over the storage type.
 //
-// Included once per instruction set (see vector.h). A step takes the element offset and says by its Span how
-// many lanes count: Full, or First{n} where fewer than sixteen elements are left.
+// Included once per instruction set (see vector.h). A step takes the element offset and its Span says how
+// many lanes count: Full, or First{n} where fewer than sixteen elements are left, and how results are stored.
 
 // begin(offset): the element of the first lane. count() elements are new; fresh(bits) are their bits.
 struct Full {
+  bool streaming = false;  // results go past the cache
+
   BNEXT_INLINE int64_t begin(int64_t offset) const { return offset; }
   BNEXT_INLINE int count() const { return kLanes; }
   BNEXT_INLINE uint32_t fresh(uint32_t bits) const { return bits; }
@@ -17,7 +19,7 @@ struct Full {
     return v;
   }
   template <class A, class T>
-  BNEXT_INLINE void store_lanes(T* p, const Lanes<A>& v, bool streaming) const {
+  BNEXT_INLINE void store_lanes(T* p, const Lanes<A>& v) const {
     store(p, v, streaming);
   }
 };
@@ -38,7 +40,7 @@ struct First {
     return keep_first<T>(v, n);
   }
   template <class A, class T>
-  BNEXT_INLINE void store_lanes(T* p, const Lanes<A>& v, bool) const {
+  BNEXT_INLINE void store_lanes(T* p, const Lanes<A>& v) const {
     store_first(p, v, n);
   }
 };
@@ -58,7 +60,7 @@ struct Last {
     return keep_last<T>(v, n);
   }
   template <class A, class T>
-  BNEXT_INLINE void store_lanes(T* p, const Lanes<A>& v, bool) const {
+  BNEXT_INLINE void store_lanes(T* p, const Lanes<A>& v) const {
     store(p + n - kLanes, v);
   }
 };
@@ -129,7 +131,6 @@ struct Gradient {
   const T* dy;
   T* dx;
   T* dresidual;
-  bool streaming;
   Slope slope;
 
   explicit Gradient(const Operands& operands)
@@ -137,7 +138,6 @@ struct Gradient {
         dy(static_cast<const T*>(operands.dy)),
         dx(static_cast<T*>(operands.out)),
         dresidual(static_cast<T*>(operands.dresidual)),
-        streaming(operands.streaming_stores),
         slope(operands) {}
 
   template <Cache C = Cache::l2>
@@ -163,9 +163,9 @@ struct Gradient {
   template <class Span>
   BNEXT_INLINE void store(int64_t offset, const Lanes<Math>& gradient, const Lanes<Math>& dz,
                           Span span) const {
-    span.store_lanes(dx + offset, gradient, streaming);
+    span.store_lanes(dx + offset, gradient);
     if constexpr (Slope::kResidual) {
-      if (dresidual != nullptr) span.store_lanes(dresidual + offset, dz, streaming);
+      if (dresidual != nullptr) span.store_lanes(dresidual + offset, dz);
     }
   }
 };
@@ -219,14 +219,12 @@ struct NormalizeMap {
   const T* x;
   const T* residual;
   T* y;
-  bool streaming;
   Act act;
 
   explicit NormalizeMap(const Operands& operands)
       : x(static_cast<const T*>(operands.x)),
         residual(static_cast<const T*>(operands.residual)),
         y(static_cast<T*>(operands.out)),
-        streaming(operands.streaming_stores),
         act(operands) {}
 
   BNEXT_INLINE void fetch_at(int64_t reduced, int64_t mapped) const {
@@ -242,7 +240,7 @@ struct NormalizeMap {
     if constexpr (Added && Act::kActive) {
       if (bits.wanted()) bits.append(span.fresh(act.passes(z)), span.count());
     }
-    span.store_lanes(y + offset, act.value(z), streaming);
+    span.store_lanes(y + offset, act.value(z));
   }
 };
 
@@ -276,18 +274,14 @@ struct ScaleMap {
   static constexpr int kCoefficients = 1;
   const T* dy;
   T* dx;
-  bool streaming;
 
   explicit ScaleMap(const Operands& operands)
-      : dy(static_cast<const T*>(operands.dy)),
-        dx(static_cast<T*>(operands.out)),
-        streaming(operands.streaming_stores) {}
+      : dy(static_cast<const T*>(operands.dy)), dx(static_cast<T*>(operands.out)) {}
 
   BNEXT_INLINE void fetch_at(int64_t, int64_t mapped) const { fetch(dy + mapped); }
 
   template <class Span>
   BNEXT_INLINE void step(Bits&, int64_t offset, const Coefficients<Math, 1>& c, Span span) const {
-    span.store_lanes(dx + offset, fixed_input_grad(span.template load_lanes<Math>(dy + offset), c.k[0]),
-                     streaming);
+    span.store_lanes(dx + offset, fixed_input_grad(span.template load_lanes<Math>(dy + offset), c.k[0]));
   }
 };

@@ -33,6 +33,7 @@ void reduce_rows(const Operands& operands, const Geometry& geometry, const Tile&
       expanded, kCount, [&](int k, int64_t channel) { return Reducer::coefficient(operands, k, channel); });
 
   constexpr int kStripsPerLine = sizeof(Storage) < 4 ? 2 : 1;  // one fetch a line
+  const bool streaming = operands.streaming_stores;
   const bool panels =
       kFetchesPanels &&
       kBatch<Storage> * columns.row_length * static_cast<int64_t>(sizeof(Storage)) >= kFarBytes;
@@ -66,8 +67,8 @@ void reduce_rows(const Operands& operands, const Geometry& geometry, const Tile&
       (add_to<Storage>(first + j + P * kLanes, second + j + P * kLanes, local[P]), ...);
     };
     for (; j + kPanel * kLanes <= width; j += kPanel * kLanes)
-      panel(typename CountTo<kPanel>::type{}, Full{});
-    for (; j + kLanes <= width; j += kLanes) panel(Indices<0>{}, Full{});
+      panel(typename CountTo<kPanel>::type{}, Full{streaming});
+    for (; j + kLanes <= width; j += kLanes) panel(Indices<0>{}, Full{streaming});
     const int64_t last = offset + (count - 1) * columns.row_length + j;
     if (j < width) panel(Indices<0>{}, First{width - j, last + kLanes <= numel});
   };
@@ -79,7 +80,7 @@ void reduce_rows(const Operands& operands, const Geometry& geometry, const Tile&
   if (end < tile.end) rows(end, 1, columns.width_of(end, whole_rows));
 
   columns.collapse(first, second, sums);
-  if (operands.streaming_stores) streaming_fence();
+  if (streaming) streaming_fence();
 }
 
 template <class Map>
@@ -88,7 +89,8 @@ void map_rows(const Operands& operands, const Geometry& geometry, const Tile& ti
   constexpr int kCount = Map::kCoefficients;
   const Map map(operands);
   typename Map::Bits bits(operands.mask);
-  const bool in_place = operands.out == operands.x, fetches = operands.fetches;
+  const bool in_place = operands.out == operands.x, fetches = operands.fetches,
+             streaming = operands.streaming_stores;
   const Columns columns(geometry, tile);
   const int64_t numel = geometry.extent.numel(), stride = padded(columns.count);
   Math* expanded = static_cast<Math*>(scratch);  // [coefficient][column]
@@ -113,14 +115,15 @@ void map_rows(const Operands& operands, const Geometry& geometry, const Tile& ti
       };
       (map_at(offset + R * length + j), ...);
     };
-    for (int64_t n = (end - j) / kLanes; n > 0; --n, j += kLanes) step(Full{});
+    for_either(streaming && sizeof...(R) == 1, [&](auto streams) __attribute__((always_inline)) {
+      for (int64_t n = (end - j) / kLanes; n > 0; --n, j += kLanes) step(Full{streams.value});
+    });
     const int64_t last = offset + (sizeof...(R) - 1) * length + j;
     if (j < end) step(First{end - j, !in_place && last + kLanes <= numel});
   };
   const int64_t whole_rows = numel / columns.row_length;
   const int64_t row_bytes = columns.count * static_cast<int64_t>(sizeof(typename Map::Storage));
-  const bool wide = columns.count > kNearColumns, streaming = operands.streaming_stores;
-  const bool together = wide && !streaming && !bits.wanted();
+  const bool wide = columns.count > kNearColumns, together = wide && !streaming && !bits.wanted();
   const int64_t stretch = (kStretchBytes / row_bytes / kMapRows + 1) * kMapRows,
                 near = streaming ? kNearColumns : columns.count,
                 block = wide && streaming ? kNearRows : stretch;
@@ -140,5 +143,5 @@ void map_rows(const Operands& operands, const Geometry& geometry, const Tile& ti
     }
   }
   bits.finish();
-  if (operands.streaming_stores) streaming_fence();
+  if (streaming) streaming_fence();
 }
