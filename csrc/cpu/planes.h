@@ -137,7 +137,7 @@ void map_planes(const Operands& operands, const Geometry& geometry, const Tile& 
     };
     for (int64_t left = length;; left += length) {
       for_either(streaming, [&](auto streams) __attribute__((always_inline)) {
-        for (int64_t n = left / kLanes; n > 0; --n) step(c, streams.value);
+        for (int64_t n = left / kLanes; n > 0; --n) step(c, streams.value != 0);
       });
       left %= kLanes;
       if (++channel == end) {

@@ -116,7 +116,7 @@ void map_rows(const Operands& operands, const Geometry& geometry, const Tile& ti
       (map_at(offset + R * length + j), ...);
     };
     for_either(streaming && sizeof...(R) == 1, [&](auto streams) __attribute__((always_inline)) {
-      for (int64_t n = (end - j) / kLanes; n > 0; --n, j += kLanes) step(Full{streams.value});
+      for (int64_t n = (end - j) / kLanes; n > 0; --n, j += kLanes) step(Full{streams.value != 0});
     });
     const int64_t last = offset + (sizeof...(R) - 1) * length + j;
     if (j < end) step(First{end - j, !in_place && last + kLanes <= numel});

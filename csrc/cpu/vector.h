@@ -14,17 +14,6 @@ constexpr int kBytes = BNEXT_VECTOR_BYTES;
 // aside, for three jumps to sixteen elements took as long as their arithmetic.
 BNEXT_INLINE bool unlikely(bool condition) { return __builtin_expect(condition, false); }
 
-// f(whether the condition holds), compiled for either answer: a loop in it has no test, and no more registers
-// than it needs.
-template <class F>
-BNEXT_INLINE void for_either(bool condition, F f) {
-  if (condition) {
-    f(std::true_type{});
-  } else {
-    f(std::false_type{});
-  }
-}
-
 template <class E, int Bytes>
 struct NativeVector {
   typedef E type __attribute__((vector_size(Bytes)));
@@ -43,6 +32,17 @@ template <int N>
 struct Index {
   static constexpr int value = N;
 };
+
+// f(Index<whether the condition holds>), compiled for either answer: a loop in it has no test, and no more
+// registers than it needs.
+template <class F>
+BNEXT_INLINE void for_either(bool condition, F f) {
+  if (condition) {
+    f(Index<1>{});
+  } else {
+    f(Index<0>{});
+  }
+}
 
 template <int... I>
 struct Indices {};
