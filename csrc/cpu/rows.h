@@ -11,8 +11,9 @@ constexpr int kPanel = kBytes / 16;  // strips of sixteen columns that a reducer
 constexpr bool kFetchesPanels = kBytes == 32;
 constexpr int64_t kFarBytes = 16 << 10;  // from the first to the last of a batch of rows
 constexpr int64_t kNearColumns = 1024;   // whose coefficients stay in the L1 cache
-// Of more columns a strip's coefficients serve so many rows at once; where results are streamed, which takes
-// one row at a time, or a mask is written: so many rows, near columns at a time, or each row whole.
+// Of more columns, a strip's coefficients serve kMapRows rows at once. Results that are streamed come one row
+// at a time, near columns of kNearRows rows after one another; where a mask is written, a row is mapped
+// whole.
 constexpr int kMapRows = 4;
 constexpr int64_t kNearRows = 16;
 constexpr int64_t kStretchBytes = 512 << 10;  // ascending part of a descending walk
