@@ -3,7 +3,7 @@
 #   make demo    the examples: our layer beside torch's        make lint     format check, ruff, mypy
 #   make test    the test suite (ARGS="-k word" and the like)  make format   formats C++ and Python
 #   make bench   measurements (ARGS=...)                       make clean    removes what was built
-#   make kernels compiles every CUDA kernel for every architecture and reads the compiler's report (no GPU needed)
+#   make kernels reads what nvcc made of every CUDA kernel for every architecture that was built (no GPU needed)
 #   make gpu     on a machine with an NVIDIA GPU, ten minutes: builds in place for that GPU, tests, sanitizer and
 #                benchmark on it, results in benchmarks/results. Uses PYTHON as it is and installs nothing; needs nvcc,
 #                a CUDA build of torch 2.11 or newer, pytest and NumPy. ARGS="--only smoke bench" runs a part.

@@ -66,7 +66,10 @@ class BuildAndRecord(BuildExtension):
     def build_extensions(self) -> None:
         write_config(OBJECTS / "build_config.h")
         if toolkit:
-            objects = toolkit.compile(Path(self.build_temp, "csrc", "cuda"))
+            try:
+                objects = [str(one.target) for one in toolkit.compile()]
+            except nvcc.CompilationFailed as failure:
+                sys.exit(f"{failure}; BNEXT_CUDA=0 builds without the CUDA kernels.")
             for extension in self.extensions:
                 extension.extra_objects += objects
                 extension.depends += objects

@@ -1,10 +1,11 @@
-"""What the compiler made of the CUDA kernels: registers, spills and the width of their loads, without a GPU.
+"""What the compiler made of the CUDA kernels: registers, stack and the width of their loads, without a GPU.
 
-    python -m benchmarks.kernels                         every file of csrc/cuda for every architecture
+    python -m benchmarks.kernels                         those that setup.py builds: for every architecture
     python -m benchmarks.kernels --arch 9.0 --json report.json
 
-Needs nvcc and nvdisasm (the latter is in the `bench` extra). The exit code is 1 if a kernel uses local memory or loads
-no 16 bytes at a time in any of its loops, or if a file does not compile without a warning.
+Reads the objects of the last build, and makes those that are missing. Needs nvcc, and cuobjdump and nvdisasm of the
+`bench` extra. The exit code is 1 if a kernel uses local memory, as spilled registers do, or loads no 16 bytes at a time
+in any of its loops, or if nvcc had anything to say, a warning perhaps.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -40,19 +41,13 @@ class Unavailable(RuntimeError):
     """A tool is missing, and how to get it."""
 
 
-class CompilationFailed(RuntimeError):
-    """What the compiler said."""
-
-
 @dataclass
 class Kernel:
     name: str
     architecture: str
     registers: int = 0
-    stack: int = 0  # bytes, as the next three
-    spill_stores: int = 0
-    spill_loads: int = 0
-    shared: int = 0
+    stack: int = 0  # bytes, spilled registers among them
+    shared: int = 0  # bytes
     instructions: int = 0
     wide_loads: int = (
         0  # instructions that load 16 bytes or more of global memory, to registers or shared memory
@@ -66,8 +61,6 @@ class Kernel:
         if self.name.split("<")[0] in EXEMPT:
             return []
         found = {
-            f"spills {self.spill_stores} bytes and loads {self.spill_loads}": self.spill_stores
-            or self.spill_loads,
             f"has a stack frame of {self.stack} bytes": self.stack,
             f"accesses local memory in {self.local} instructions": self.local,
             "loads no 16 bytes at a time in any loop": not self.loop_loads,
@@ -75,43 +68,25 @@ class Kernel:
         return [f"{self.name} for {self.architecture} {fault}" for fault, is_so in found.items() if is_so]
 
 
-def find_disassembler() -> str:
-    """The nvdisasm on PATH, else that of the package."""
-    if found := shutil.which("nvdisasm"):
+def find_tool(name: str) -> str:
+    """The one on PATH, else that of the package."""
+    if found := shutil.which(name):
         return found
     try:
-        files = importlib.metadata.files("nvidia-cuda-nvdisasm") or []
+        files = importlib.metadata.files(f"nvidia-cuda-{name}") or []
     except importlib.metadata.PackageNotFoundError:
         files = []
     for file in files:
-        if file.name == "nvdisasm":
+        if file.name == name:
             return str(file.locate())
-    raise Unavailable("nvdisasm is not on PATH: pip install '.[bench]' brings it")
+    raise Unavailable(f"{name} is not on PATH: pip install '.[bench]' brings it")
 
 
-def find_compiler() -> str:
-    if found := nvcc.find():
-        return found
-    raise Unavailable("nvcc is neither under CUDA_HOME nor on PATH")
-
-
-def resources(log: str, architecture: str) -> dict[str, Kernel]:
-    """By mangled name, from what `ptxas -v` says."""
-    kernels: dict[str, Kernel] = {}
-    for block in re.split(r"Compiling entry function ", log)[1:]:
-        mangled = block.split("'")[1]
-        kernel = kernels[mangled] = Kernel(mangled, architecture)
-        for stack, stores, loads in re.findall(
-            r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", block
-        ):
-            kernel.stack += int(stack)
-            kernel.spill_stores += int(stores)
-            kernel.spill_loads += int(loads)
-        for count in re.findall(r"Used (\d+) registers", block):
-            kernel.registers = max(kernel.registers, int(count))
-        for count in re.findall(r"(\d+) bytes smem", block):
-            kernel.shared = max(kernel.shared, int(count))
-    return kernels
+def find_toolkit(architectures: Sequence[str] | None = None) -> nvcc.Toolkit:
+    try:
+        return nvcc.toolkit(architectures)
+    except FileNotFoundError as error:
+        raise Unavailable(str(error)) from None
 
 
 def read(kernel: Kernel, code: sass.Code) -> None:
@@ -144,34 +119,46 @@ def short_names(mangled: Iterable[str]) -> list[str]:
     return names
 
 
-def _said(what: str, *command: str) -> str:
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    log = done.stdout + done.stderr
-    if done.returncode != 0:
-        raise CompilationFailed(f"{what} does not compile:\n{log.strip()}")
-    return log
+def _said(*command: str, folder: Path | None = None) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=True, cwd=folder).stdout
 
 
-def examine(source: Path, ptx: str, architectures: Sequence[str]) -> list[Kernel]:
-    """Every kernel of a file for the architectures that share their PTX, compiled as setup.py compiles it."""
-    found: list[Kernel] = []
-    with TemporaryDirectory() as folder:
-        assembly, cubin = str(Path(folder, "kernels.ptx")), str(Path(folder, "kernels.cubin"))
-        nvcc_with = [find_compiler(), *nvcc.FLAGS, "-Werror=all-warnings"]
-        _said(f"{source.name} for {ptx}", *nvcc_with, f"-arch={ptx}", "-ptx", "-o", assembly, str(source))
-        for name in architectures:
-            target = [f"-arch={nvcc.real(name)}", "-cubin", "-Xptxas=-v", "-o", cubin]
-            log = _said(f"{source.name} for {name}", *nvcc_with, *target, assembly)
-            listing = subprocess.run(
-                [find_disassembler(), "-c", cubin], capture_output=True, text=True, check=True
-            )
-            kernels, codes = resources(log, name), sass.codes(listing.stdout)
-            for mangled, kernel in kernels.items():
-                read(kernel, codes[mangled])
-            for kernel, short in zip(kernels.values(), short_names(kernels), strict=True):
-                kernel.name = short
-            found += kernels.values()
-    return sorted(found, key=lambda kernel: kernel.name)
+def complaints(compiled: Iterable[nvcc.Compiled]) -> list[str]:
+    """What nvcc said, where it said anything."""
+    texts = {one.source.name: one.said.read_text().strip() for one in compiled}
+    return [f"{name} does not compile in silence:\n{text}" for name, text in texts.items() if text]
+
+
+def cubins(compiled: Iterable[nvcc.Compiled], folder: Path) -> list[Path]:
+    """The machine code out of the objects: a file for each source and architecture, named by both."""
+    for one in compiled:
+        _said(find_tool("cuobjdump"), "-xelf", "all", str(one.target), folder=folder)
+    return sorted(folder.glob("*.cubin"))
+
+
+def examine(cubin: Path) -> list[Kernel]:
+    """Every kernel of a file of machine code."""
+    found = re.search(r"\.sm_(\d+)(\d[af]?)\.cubin$", cubin.name)
+    assert found, f"cuobjdump named a file {cubin.name}"
+    codes = sass.codes(_said(find_tool("nvdisasm"), "-c", str(cubin)))
+    used = re.findall(
+        r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+)",
+        _said(find_tool("cuobjdump"), "-res-usage", str(cubin)),
+    )
+    kernels = []
+    for (mangled, *numbers), name in zip(used, short_names([one[0] for one in used]), strict=True):
+        registers, stack, shared = map(int, numbers)
+        kernel = Kernel(name, ".".join(found.groups()), registers, stack, shared)
+        read(kernel, codes[mangled])
+        kernels.append(kernel)
+    return sorted(kernels, key=lambda kernel: kernel.name)
+
+
+def examine_all(compiled: Sequence[nvcc.Compiled]) -> list[Kernel]:
+    with TemporaryDirectory() as folder, ProcessPoolExecutor(nvcc.jobs()) as pool:
+        files = cubins(compiled, Path(folder))
+        running = track(pool.map(examine, files), "reading", total=len(files), console=Console(stderr=True))
+        return [kernel for kernels in running for kernel in kernels]
 
 
 def show(kernels: Sequence[Kernel], console: Console) -> None:
@@ -179,7 +166,6 @@ def show(kernels: Sequence[Kernel], console: Console) -> None:
         "arch",
         "registers",
         "stack",
-        "spills",
         "shared",
         "16-byte loads",
         "stores",
@@ -190,10 +176,10 @@ def show(kernels: Sequence[Kernel], console: Console) -> None:
     for column in table.columns[1:]:
         column.justify = "right"
     shown = ""
-    for kernel in sorted(kernels, key=lambda kernel: kernel.name):  # stable: architectures stay in order
+    for kernel in sorted(kernels, key=lambda kernel: (kernel.name, float(kernel.architecture.rstrip("af")))):
         if shown and kernel.name != shown:
             table.add_section()
-        numbers = [kernel.registers, kernel.stack, kernel.spill_stores + kernel.spill_loads, kernel.shared]
+        numbers = [kernel.registers, kernel.stack, kernel.shared]
         numbers += [kernel.wide_loads, kernel.wide_stores, kernel.instructions]
         loop = f"{kernel.loop_instructions} with {kernel.loop_loads} loads"
         name = kernel.name if kernel.name != shown else ""
@@ -205,32 +191,25 @@ def show(kernels: Sequence[Kernel], console: Console) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="benchmarks.kernels", description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--arch", nargs="+", default=nvcc.ARCHITECTURES, help=f"default: {' '.join(nvcc.ARCHITECTURES)}"
-    )
+    parser.add_argument("--arch", nargs="+", help=f"default: as setup.py, {' '.join(nvcc.ARCHITECTURES)}")
     parser.add_argument("--json", type=Path, metavar="FILE", help="keep everything that was read")
     options = parser.parse_args(arguments)
     try:
-        tools = [find_compiler(), find_disassembler()]
+        toolkit = find_toolkit(options.arch)
+        tools = [toolkit.nvcc, find_tool("cuobjdump"), find_tool("nvdisasm")]
+        compiled = toolkit.compile()
     except Unavailable as reason:
         parser.error(str(reason))
+    except nvcc.CompilationFailed as failure:
+        sys.exit(str(failure))
 
     console = Console()
     if not console.is_terminal:
         console.width = max(console.width, MINIMUM_WIDTH)
-    sharing: dict[str, list[str]] = {}
-    for name in options.arch:
-        sharing.setdefault(nvcc.virtual(name), []).append(name)
-    work = [(source, *shared) for source in sorted(ROOT.glob(nvcc.SOURCES)) for shared in sharing.items()]
-    kernels: list[Kernel] = []
-    faults: list[str] = [] if work else [f"there is no {nvcc.SOURCES}"]
-    with ThreadPoolExecutor(nvcc.jobs()) as pool:
-        running = [pool.submit(examine, *one) for one in work]
-        for result in track(running, description="compiling", console=Console(stderr=True)):
-            try:
-                kernels += result.result()
-            except CompilationFailed as error:
-                faults.append(str(error))
+    faults = complaints(compiled)
+    kernels = examine_all(compiled)
+    if not kernels:
+        faults.append(f"there is no kernel in {nvcc.SOURCES}")
     faults += [fault for kernel in kernels for fault in kernel.faults()]
     show(kernels, console)
     for fault in faults:

@@ -1,7 +1,8 @@
 """Compiles csrc/cuda with nvcc, for setup.py and for the kernel report.
 
 torch's CUDAExtension wants a torch that was itself built for CUDA. The kernels know no torch: nvcc alone makes their
-objects, which link with the static CUDA runtime into the same extension beside any torch.
+objects, which link with the static CUDA runtime into the same extension beside any torch. For the same reason they
+serve every Python and torch, and the report reads the very objects that were linked.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+ROOT = Path(__file__).resolve().parents[1]
 SOURCES = "csrc/cuda/*.cu"
 FLAGS = [
     "-std=c++20",
@@ -57,6 +59,21 @@ def virtual(architecture: str) -> str:
     return f"compute_{ASSEMBLED_FROM.get(name, name).replace('.', '')}"
 
 
+class CompilationFailed(RuntimeError):
+    """On which files; nvcc has said the rest."""
+
+
+@dataclass(frozen=True)
+class Compiled:
+    source: Path
+    target: Path  # its object
+
+    @property
+    def said(self) -> Path:
+        """What nvcc said, nothing if all was well."""
+        return self.target.with_suffix(".log")
+
+
 @dataclass(frozen=True)
 class Toolkit:
     nvcc: str
@@ -64,26 +81,35 @@ class Toolkit:
     include: Sequence[str]  # directories, for a C++ compiler
     link: Sequence[str]  # flags, for a C++ compiler
 
-    def compile(self, folder: Path) -> list[str]:
-        """The objects in `folder`. Compiled again is what has another command, source or header than last time."""
+    def compile(self, sources: Sequence[Path] | None = None, folder: Path | None = None) -> list[Compiled]:
+        """Those of csrc/cuda, in a folder of their own for each list of architectures, or `sources` in `folder`.
+
+        Compiled again is what has another command, source or header than last time.
+        """
+        sources = sorted(ROOT.glob(SOURCES)) if sources is None else sources
+        folder = folder or ROOT / "build" / "kernels" / "_".join(self.architectures)
         folder.mkdir(parents=True, exist_ok=True)
         command = [self.nvcc, *FLAGS, *map(_generate, self.architectures), "-c"]
-        objects = {source: folder / f"{source.name}.o" for source in sorted(Path().glob(SOURCES))}
-        stale = [source for source, target in objects.items() if not _is_current(target, command)]
+        compiled = [Compiled(source, folder / f"{source.name}.o") for source in sources]
+        stale = [one for one in compiled if not _is_current(one.target, command)]
         workers = max(1, min(len(stale), jobs()))
         threads = jobs()  # of one nvcc, each an architecture: for the longest file, when the others are done
         if stale:
-            print(f"nvcc compiles {', '.join(map(str, stale))}", flush=True)
+            names = ", ".join(one.source.name for one in stale)
+            print(f"nvcc compiles {names} for {' '.join(self.architectures)}", flush=True)
         with ThreadPoolExecutor(workers) as pool:
-            done = pool.map(lambda source: _compile(command, threads, source, objects[source]), stale)
-            failed = [str(source) for source, good in zip(stale, done, strict=True) if not good]
+            done = pool.map(lambda one: _compile(command, threads, one), stale)
+            failed = [one.source.name for one, good in zip(stale, done, strict=True) if not good]
         if failed:
-            sys.exit(f"nvcc failed on {', '.join(failed)}; BNEXT_CUDA=0 builds without the CUDA kernels.")
-        return [str(target) for target in objects.values()]
+            raise CompilationFailed(f"nvcc failed on {', '.join(failed)}")
+        return compiled
 
 
-def toolkit() -> Toolkit:
-    """That of the nvcc found. It may be a link or a script, so it is asked where its headers and libraries are."""
+def toolkit(architectures: Sequence[str] | None = None) -> Toolkit:
+    """That of the nvcc found, for these architectures, else those of TORCH_CUDA_ARCH_LIST, else all.
+
+    What was found may be a link or a script, so it is asked where its headers and libraries are.
+    """
     nvcc = find()
     if nvcc is None:
         raise FileNotFoundError("nvcc is neither under CUDA_HOME nor on PATH")
@@ -95,16 +121,17 @@ def toolkit() -> Toolkit:
         return [os.path.realpath(word[len(flag) :]) for word in words if word.startswith(flag)]
 
     libraries = [f"-L{directory}" for directory in directories("LIBRARIES", "-L")]
-    return Toolkit(nvcc, _architectures(nvcc), directories("INCLUDES", "-I"), [*libraries, *RUNTIME])
+    wished = (
+        architectures or os.environ.get(WISHES, "").replace(";", " ").split()
+    )  # 8.0;9.0+PTX, or with spaces
+    for name in wished:
+        if not re.fullmatch(r"\d+\.\d[af]?(\+PTX)?", name):
+            sys.exit(f"architectures ({WISHES}) are numbers such as 9.0 or 9.0+PTX, and {name!r} is none.")
+    chosen = wished or _known(nvcc)
+    return Toolkit(nvcc, chosen, directories("INCLUDES", "-I"), [*libraries, *RUNTIME])
 
 
-def _architectures(nvcc: str) -> list[str]:
-    """Those of TORCH_CUDA_ARCH_LIST ("8.0;9.0+PTX", or with spaces), else the default ones."""
-    if wished := os.environ.get(WISHES, "").replace(";", " ").split():
-        for name in wished:
-            if not re.fullmatch(r"\d+\.\d[af]?(\+PTX)?", name):
-                sys.exit(f"{WISHES} is a list of numbers such as 9.0 or 9.0+PTX, and {name!r} is none.")
-        return wished
+def _known(nvcc: str) -> list[str]:
     known = _output(nvcc, "--list-gpu-code").split()
     default = [name for name in ARCHITECTURES if real(name) in known]
     return [*default[:-1], f"{default[-1]}+PTX"]
@@ -120,12 +147,22 @@ def _output(*command: str) -> str:
     return done.stdout
 
 
-def _compile(command: Sequence[str], threads: int, source: Path, target: Path) -> bool:
+def _compile(command: Sequence[str], threads: int, one: Compiled) -> bool:
+    target = one.target
     stamp, rule = target.with_suffix(".command"), target.with_suffix(".d")
     stamp.unlink(missing_ok=True)
     begun = time.time()
-    outputs = ["-MD", "-MF", str(rule), "-o", str(target), str(source)]
-    if subprocess.run([*command, f"--threads={threads}", *outputs]).returncode != 0:
+    outputs = ["-MD", "-MF", str(rule), "-o", str(target), str(one.source)]
+    done = subprocess.run(
+        [*command, f"--threads={threads}", *outputs],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        cwd=ROOT,
+    )
+    one.said.write_text(done.stdout)
+    print(done.stdout, end="", flush=True)
+    if done.returncode != 0:
         return False
     os.utime(target, (begun, begun))  # what is edited meanwhile counts as newer
     stamp.write_text(shlex.join(command))
@@ -138,6 +175,6 @@ def _is_current(target: Path, command: Sequence[str]) -> bool:
             return False
         rule = target.with_suffix(".d").read_text().replace("\\\n", " ")
         used = shlex.split(rule.split(" : ", 1)[1])
-        return max(os.stat(path).st_mtime for path in used) < target.stat().st_mtime
+        return max(os.stat(ROOT / path).st_mtime for path in used) < target.stat().st_mtime
     except (OSError, IndexError, ValueError):  # something is missing
         return False
