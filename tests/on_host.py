@@ -27,8 +27,8 @@ MODEL = ["model.cpp", "model_group.cpp", "model_copies.cpp", "scheduler.cpp", "f
 
 VARIANTS = {
     "plain": ["-O2"],
-    "address": ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"],
-    "thread": ["-O1", "-g", "-fsanitize=thread"],
+    "address": ["-Og", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"],
+    "thread": ["-O1", "-g1", "-fsanitize=thread"],
 }
 
 # For the processes: the first report ends one.
