@@ -215,7 +215,10 @@ BNEXT_INLINE Native<double> widen_float(const float* p) {
 BNEXT_INLINE Native<uint32_t> widen_u16(const void* p) {
   return __builtin_convertvector((load_native<Native<uint16_t, kBytes / 2>>(p)), Native<uint32_t>);
 }
-BNEXT_INLINE Native<float> widen_half(const void* p) { return widen_f16<Native<float>>(widen_u16(p)); }
+// Called: without an instruction for it, float16 is a third of this file's code and of its compilation.
+__attribute__((noinline)) Native<float> widen_half(const void* p) {
+  return widen_f16<Native<float>>(widen_u16(p));
+}
 template <class V>
 BNEXT_INLINE void store_native_streaming(void* p, V v) {
 #if defined(__x86_64__)
@@ -227,11 +230,9 @@ BNEXT_INLINE void store_native_streaming(void* p, V v) {
 template <class Store>
 BNEXT_INLINE void store_u16(void* p, const Lanes<uint32_t>& v, Store store_vector) {
   for (int i = 0; i < Lanes<uint32_t>::kParts; i += 2) {
-    Native<uint16_t> packed;
-    for (int k = 0; k < 2 * Lanes<uint32_t>::kWidth; ++k) {
-      packed[k] = static_cast<uint16_t>(v.part[i + k / Lanes<uint32_t>::kWidth][k % Lanes<uint32_t>::kWidth]);
-    }
-    store_vector(static_cast<char*>(p) + i * (kBytes / 2), packed);
+    const auto low = (Native<uint16_t>)v.part[i], high = (Native<uint16_t>)v.part[i + 1];
+    store_vector(static_cast<char*>(p) + i * (kBytes / 2),
+                 __builtin_shufflevector(low, high, 0, 2, 4, 6, 8, 10, 12, 14));  // lower halves first
   }
 }
 BNEXT_INLINE Lanes<float> load_bf16(const void* p) {
@@ -246,10 +247,13 @@ BNEXT_INLINE void store_bf16(void* p, const Lanes<float>& v, Store store_vector)
   });
   store_u16(p, bits, store_vector);
 }
+__attribute__((noinline)) Native<uint32_t> narrow_half(Native<float> v) {
+  return narrow_f16<Native<uint32_t>>(v);
+}
 template <class Store>
 BNEXT_INLINE void store_half(void* p, const Lanes<float>& v, Store store_vector) {
-  const auto bits = generate<uint32_t>(
-      [&](auto i) __attribute__((always_inline)) { return narrow_f16<Native<uint32_t>>(v.part[i.value]); });
+  const auto bits =
+      generate<uint32_t>([&](auto i) __attribute__((always_inline)) { return narrow_half(v.part[i.value]); });
   store_u16(p, bits, store_vector);
 }
 
