@@ -135,38 +135,37 @@ def test_activation_and_residual(dtypes: Dtypes, active: Active | None) -> None:
 @every_kept
 def test_in_place(dtypes: Dtypes, active: Active | None) -> None:
     """Blocks write where others of their group have read; the bits are those of y beside x."""
+    calls = []
     for schedule, shapes in ((ALONE, SMALL), (IN_TURNS, SHARED), (CLUSTERS, SHARED)):
         for shape, name in shapes:
-            for shift in (0, 1):
-                problem = make_active(active, shape, LAYOUT[name], dtypes, TRAIN, inplace=True)
-                beside = make_active(active, shape, LAYOUT[name], dtypes, TRAIN)
-                shifts = (shift, shift, shift)
-                over, other = run(
-                    [
-                        HostCall(problem, schedule, shifts=shifts),
-                        HostCall(beside, schedule, shifts=shifts, backward=False),
-                    ]
-                )
-                assert torch.equal(over.y, other.y), (shape, name)
+            problem = make_active(active, shape, LAYOUT[name], dtypes, TRAIN, inplace=True)
+            beside = make_active(active, shape, LAYOUT[name], dtypes, TRAIN)
+            for shifts in ((0, 0, 0), (1, 1, 1)):
+                calls.append(HostCall(problem, schedule, shifts=shifts))
+                calls.append(HostCall(beside, schedule, shifts=shifts, backward=False))
+    results = run(calls)
+    for call, over, other in zip(calls[::2], results[::2], results[1::2], strict=True):
+        assert torch.equal(over.y, other.y), (call.problem.x.shape, call.shifts, call.schedule)
 
 
 @every_kept
 def test_any_order_of_threads_and_blocks_gives_the_same_bits(dtypes: Dtypes) -> None:
     """Alone also with fewer blocks alive than there are."""
+    orders = [("ascending", 0, 1), ("descending", 0, 4), ("random", 1, 2), ("random", 2, 50)]
+    calls = []
     for schedule, shapes in ((ALONE, SMALL), (SHARING, SHARED), (IN_TURNS, SHARED), (CLUSTERS, SHARED)):
-        orders = [("ascending", 0, 1), ("descending", 0, 4), ("random", 1, 2), ("random", 2, 50)]
+        schedules = [
+            replace(schedule, order=order, seed=seed, resident_blocks=alive) for order, seed, alive in orders
+        ]
         for shape, name in shapes:
             for problem in (
                 make(shape, LAYOUT[name], dtypes, TRAIN),
                 joined(Active("relu"), shape, name, dtypes, TRAIN),
             ):
-                results = run(
-                    [
-                        HostCall(problem, replace(schedule, order=order, seed=seed, resident_blocks=alive))
-                        for order, seed, alive in orders
-                    ]
-                )
-                assert len({result.bits() for result in results}) == 1, (shape, name)
+                calls += [HostCall(problem, one) for one in schedules]
+    bits = [result.bits() for result in run(calls)]
+    for i in range(0, len(calls), len(orders)):
+        assert len(set(bits[i : i + len(orders)])) == 1, (calls[i].problem.x.shape, calls[i].schedule)
 
 
 @pytest.mark.parametrize("momentum", [0.1, 1.0, 0.0, None], ids=str)

@@ -230,30 +230,33 @@ def test_empty(dtypes: Dtypes, shape: tuple[int, ...]) -> None:
 def test_in_place(dtypes: Dtypes, mode: Mode, active: Active | None) -> None:
     """y over x has the bits that y beside x has; backward goes by y alone, whatever the order of threads."""
     shapes = [*SMALL, *((SHAPE_OF_RANK[layout.rank], layout.name) for layout in KEPT_LAYOUTS)]
-    schedules = (Schedule(), Schedule("random", 2, 3))
-    for shape, name in shapes:
-        for shifts in ((0, 0, 0), (1, 0, 0), (1, 1, 2)):
-            problem = in_place(active, shape, name, dtypes, mode)
-            beside = make_active(active, shape, LAYOUT[name], dtypes, mode)
-            calls = [HostCall(problem, schedule, shifts=shifts) for schedule in schedules]
-            *over, other = run_and_check_all([*calls, HostCall(beside, shifts=shifts, backward=False)])
-            assert over[0].bits() == over[1].bits(), (shape, name)
-            assert torch.equal(over[0].y, other.y), (shape, name)
-            assert over[0].launches == ([2, 2] if mode.batch else [1, 1])
+    cases = [(*case, shifts) for case in shapes for shifts in ((0, 0, 0), (1, 0, 0), (1, 1, 2))]
+    calls = []
+    for shape, name, shifts in cases:
+        problem = in_place(active, shape, name, dtypes, mode)
+        beside = make_active(active, shape, LAYOUT[name], dtypes, mode)
+        schedules = (Schedule(), Schedule("random", 2, 3))
+        calls += [HostCall(problem, schedule, shifts=shifts) for schedule in schedules]
+        calls.append(HostCall(beside, shifts=shifts, backward=False))
+    results = run_and_check_all(calls)
+    for case, first, second, other in zip(cases, results[::3], results[1::3], results[2::3], strict=True):
+        assert first.bits() == second.bits(), case
+        assert torch.equal(first.y, other.y), case
+        assert first.launches == ([2, 2] if mode.batch else [1, 1]), case
 
 
 @every_invertible
 @pytest.mark.parametrize("mode", [TRAIN, EVAL], ids=str)
 def test_a_weight_of_zero_in_place_is_seen(mode: Mode, active: Active | None) -> None:
     """x is lost: its gradient is zero all the same, that of the weight is not known."""
-    for shape, name in SMALL:
-        problem = in_place(active, shape, name, FLOAT32, mode)
+    problems = [in_place(active, shape, name, FLOAT32, mode) for shape, name in SMALL]
+    for problem in problems:
         assert problem.weight is not None
         problem.weight[1] = 0
-        (result,) = host_engine.run([HostCall(problem)])
+    for problem, result in zip(problems, host_engine.run(list(map(HostCall, problems))), strict=True):
         assert result.dx is not None and result.dweight is not None and result.dbias is not None
         assert not result.dx[:, 1].any() and result.dx[:, 0].any()
-        assert result.dweight.isnan().tolist() == [c == 1 for c in range(shape[1])]
+        assert result.dweight.isnan().tolist() == [c == 1 for c in range(problem.x.shape[1])]
         problem.check_bias_grad(result.dbias)
 
 
