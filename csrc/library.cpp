@@ -97,6 +97,7 @@ py::dict build_info() {
 #else
   info["openmp"] = false;
 #endif
+  info["first_cache"] = machine.first_cache;
   info["private_cache"] = machine.private_cache;
   info["shared_cache"] = machine.shared_cache;
   info["cache_of_host"] = machine.cache_of_host;

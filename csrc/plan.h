@@ -47,6 +47,7 @@ struct Problem {
 
 struct Machine {
   int threads = 1;
+  int64_t first_cache = 0;          // bytes of a core's L1 data cache
   int64_t private_cache = 1 << 20;  // bytes of the largest cache a core has to itself
   int64_t shared_cache = 0;         // bytes of the last-level cache that can be counted on
   bool cache_of_host = false;       // there is more of it, which other machines on the host use too
@@ -74,8 +75,9 @@ struct Plan {
   int64_t chunk_length = 1;  // positions
   int64_t chunks = 1;
   int threads = 1;
-  bool beyond_cache = false;  // the call's tensors fill the last cache: tiles fetch ahead
-  bool next_fits = false;     // two slabs fit the private cache: one is fetched while the other is mapped
+  bool beyond_cache = false;   // the call's tensors fill the last cache: tiles fetch ahead
+  bool fetches_first = false;  // what is reduced is fetched into the L1 cache, not only into L2
+  bool next_fits = false;      // two slabs fit the private cache: one is fetched while the other is mapped
   bool streaming_stores = false;
   int64_t cache_bytes = 0;    // what one slab wants to keep in cache
   int64_t bytes_moved = 0;    // to and from memory, as scheduled

@@ -82,10 +82,11 @@ struct Called {
 
 // ---- backward: dy to dz ----
 // kFromInput: apply(span, offset, dy, z), z = normalize(x). Else, with kActive, apply(span, offset, dy, x),
-// which may put something in the place of x. kResidual: dz may be stored as dresidual. fetch_at: what is read
-// besides dy and x.
+// which may put something in the place of x. kResidual: dz may be stored as dresidual. fetch_at: the kReads
+// tensors that are read besides dy and x.
 
 struct ReadsNoMore {
+  static constexpr int kReads = 0;
   template <Cache C>
   BNEXT_INLINE void fetch_at(int64_t) const {}
 };
@@ -112,6 +113,7 @@ template <class T, bool Residual>
 struct CalledSlope {
   using A = opmath_t<T>;
   static constexpr bool kActive = true, kFromInput = true, kResidual = Residual;
+  static constexpr int kReads = Residual;
   Activation kind;
   A param;
   const T* residual;

@@ -40,6 +40,7 @@ struct BackwardWork {
     operands.streaming_stores =
         can_stream(plan, args.dx) && (args.dresidual == nullptr || can_stream(plan, args.dresidual));
     operands.fetches = plan.beyond_cache;
+    operands.fetches_first = plan.fetches_first;
     operands.activation = args.activation;
     operands.center = args.from_output ? center.get() : args.mean;
     for (int k = 0; k < kMaxCoefficients && coefficients; ++k)

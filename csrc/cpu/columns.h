@@ -43,10 +43,10 @@ struct Columns {
     return row < whole_rows ? count : e.numel() - whole_rows * row_length;
   }
 
-  // Elements on to what a walk over rows should fetch; of a tile narrower than they are, whole rows on.
-  template <class T>
-  BNEXT_INLINE int64_t fetch_distance() const {
-    return count < row_length ? (kFetchAhead<T> + count - 1) / count * row_length : kFetchAhead<T>;
+  // Elements on to what a walk over rows should fetch, `ahead` of them; of a tile narrower than rows, whole
+  // rows on.
+  BNEXT_INLINE int64_t fetch_distance(int64_t ahead) const {
+    return count < row_length ? (ahead + count - 1) / count * row_length : ahead;
   }
 
   // column[j] = of(channel of j)

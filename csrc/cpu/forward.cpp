@@ -30,6 +30,7 @@ struct ForwardWork {
     operands.mask = args.mask;
     operands.streaming_stores = can_stream(plan, args.y);
     operands.fetches = plan.beyond_cache;
+    operands.fetches_first = plan.fetches_first;
     operands.activation = args.activation;
     operands.center = center.get();
     for (int k = 0; k < 3; ++k)

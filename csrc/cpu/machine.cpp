@@ -90,6 +90,7 @@ constexpr int64_t kSharedPerProcessor = 32 << 20;
 Machine machine(int threads) {
   static const Machine caches = [] {
     Machine m;
+    m.first_cache = cache_bytes(1);
     if (const int64_t bytes = cache_bytes(2)) m.private_cache = bytes;
     const int64_t processors = std::max(1u, std::thread::hardware_concurrency());
     const int64_t reported = cache_bytes(3), ours = processors * kSharedPerProcessor;

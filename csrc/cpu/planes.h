@@ -6,6 +6,7 @@
 
 constexpr int64_t kJumpBytes =
     64 << 10;  // fetched ahead where a slab leaves memory order: up to so much at once
+
 constexpr int64_t kLineBytes = 64;
 
 // f(channel, channels, offset of the first one's run, length of each run), outer indices ascending or
@@ -31,7 +32,7 @@ BNEXT_INLINE int64_t fetch_distance(const Extent& e, const Tile& tile, int direc
   constexpr int64_t size = sizeof(T);
   if (tile.channels() < e.channels && tile.channels() * e.inner * size <= kJumpBytes)
     return direction * e.channels * e.inner;
-  return kFetchAhead<T>;
+  return kFetchBytes / size;
 }
 
 // f(span) for the elements from i on, fewer than sixteen, of a run of `length` at `offset`.
@@ -54,7 +55,8 @@ void reduce_planes(const Operands& operands, const Geometry& geometry, const Til
   const int64_t numel = e.numel();
   double* lanes = static_cast<double*>(scratch);  // [channel][2][kLanes]
   const int64_t ahead = fetch_distance<Storage>(e, tile, 1);
-  const bool fetches = operands.fetches, streaming = operands.streaming_stores;
+  const bool fetches = operands.fetches, into_first = operands.fetches_first,
+             streaming = operands.streaming_stores;
   for (int64_t k = 0; k < tile.channels() * 2 * kLanes; ++k) lanes[k] = 0;
 
   for_each_run<false>(
@@ -70,8 +72,13 @@ void reduce_planes(const Operands& operands, const Geometry& geometry, const Til
         auto batch = [&](int64_t vectors) __attribute__((always_inline)) {
           LaneSums<Math> even{}, odd{};
           if (fetches) {
-            for (int64_t k = 0; k < vectors * kLanes; k += kLineBytes / sizeof(Storage))
-              reducer.fetch_at(offset + i + ahead + k);
+            for (int64_t k = 0; k < vectors * kLanes; k += kLineBytes / sizeof(Storage)) {
+              if (into_first) {
+                reducer.template fetch_at<Cache::l1>(offset + i + ahead + k);
+              } else {
+                reducer.fetch_at(offset + i + ahead + k);
+              }
+            }
           }
           auto step = [&](LaneSums<Math>& to) __attribute__((always_inline)) {
             reducer.step(to, offset + i, c, Full{streaming});

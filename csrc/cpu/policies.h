@@ -94,13 +94,14 @@ BNEXT_INLINE void add_to(double* first, double* second, const LaneSums<A>& sums)
 }
 
 // ---- reducers ----
-// coefficient(operands, k, channel): 0 is the center, what is subtracted from x.
+// coefficient(operands, k, channel): 0 is the center, what is subtracted from x. fetch_at: the kReads
+// tensors.
 
 template <class T>
 struct MomentsReducer {
   using Storage = T;
   using Math = opmath_t<T>;
-  static constexpr int kCoefficients = 1;
+  static constexpr int kCoefficients = 1, kReads = 1;
   const T* x;
 
   explicit MomentsReducer(const Operands& operands) : x(static_cast<const T*>(operands.x)) {}
@@ -177,6 +178,7 @@ struct GradSumsReducer {
   using Storage = T;
   using Math = opmath_t<T>;
   static constexpr int kScale = Slope::kFromInput ? 3 : 1, kCoefficients = kScale + Writes;
+  static constexpr int kReads = 2 + Slope::kReads;
   Gradient<T, Slope> gradient;
 
   explicit GradSumsReducer(const Operands& operands) : gradient(operands) {}

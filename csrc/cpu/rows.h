@@ -6,8 +6,8 @@
 constexpr int kPanel = kBytes / 16;  // strips of sixteen columns that a reducer sums in registers
 // A reducer's panel reads a stream per row, of rows far apart more than hardware follows: 32-byte vectors
 // fetch the next panel but one by hand. On Zen 3 that makes sums over rows 1.05 to 2 times as fast; of rows
-// less far apart beyond the cache alone, 1.1 to 1.4 times, in it 0.93 to 1.1 times. Of 64 bytes it is not
-// known.
+// less far apart beyond the cache alone, 1.1 to 1.4 times, in it 0.93 to 1.1 times. With 64 bytes, on Zen 5,
+// it is 0.8 to 0.95 times beyond the cache, of float32; walks fetch in memory order there.
 constexpr bool kFetchesPanels = kBytes == 32;
 constexpr int64_t kFarBytes = 16 << 10;  // from the first to the last of a batch of rows
 constexpr int64_t kNearColumns = 1024;   // whose coefficients stay in the L1 cache
@@ -38,8 +38,11 @@ void reduce_rows(const Operands& operands, const Geometry& geometry, const Tile&
   const bool streaming = operands.streaming_stores;
   const int64_t batch_bytes = kBatch<Storage> * columns.row_length * static_cast<int64_t>(sizeof(Storage));
   const bool panels = kFetchesPanels && (operands.fetches || batch_bytes >= kFarBytes);
-  const bool fetches = operands.fetches && !panels;
-  const int64_t ahead = panels ? 2 * kPanel * kLanes : columns.fetch_distance<Storage>();
+  const bool into_first = panels || (operands.fetches && operands.fetches_first),
+             fetches = operands.fetches && !into_first;
+  constexpr int64_t kAhead = kFetchBytes / sizeof(Storage);
+  const int64_t ahead =
+      panels ? 2 * kPanel * kLanes : columns.fetch_distance(into_first ? kAhead / Reducer::kReads : kAhead);
   // `count` rows, a panel of columns at a time whose sums stay in registers. Lanes past the last column go
   // into padding that nobody reads.
   auto rows = [&](int64_t row, int64_t count, int64_t width) __attribute__((always_inline)) {
@@ -57,7 +60,7 @@ void reduce_rows(const Operands& operands, const Geometry& geometry, const Tile&
         auto fetch_lines = [&](auto fetch_at) __attribute__((always_inline)) {
           ((P % kStripsPerLine == 0 ? fetch_at(at + P * kLanes + ahead) : void()), ...);
         };
-        if (panels) {
+        if (into_first) {
           fetch_lines([&](int64_t to)
                           __attribute__((always_inline)) { reducer.template fetch_at<Cache::l1>(to); });
         } else if (fetches) {
@@ -99,7 +102,7 @@ void map_rows(const Operands& operands, const Geometry& geometry, const Tile& ti
     return static_cast<const Math*>(operands.coefficients[k])[channel];
   });
 
-  const int64_t mapped = columns.fetch_distance<typename Map::Storage>();
+  const int64_t mapped = columns.fetch_distance(kFetchBytes / sizeof(typename Map::Storage));
   const int64_t reduced = tile.ahead != 0 ? tile.ahead : mapped;
   // Columns [j, end) of some rows.
   auto walk = [&]<int... R>(Indices<R...>, int64_t row, int64_t j,

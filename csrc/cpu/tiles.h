@@ -42,6 +42,7 @@ struct Operands {
   void* dresidual = nullptr;
   bool streaming_stores = false;
   bool fetches = false;            // ahead of what is read; where it is in cache, that costs up to a quarter
+  bool fetches_first = false;      // reducers into the L1 cache
   const double* center = nullptr;  // per channel: what reducers subtract from x
   const void* coefficients[kMaxCoefficients] =
       {};  // per channel, in opmath: what maps apply, in formulas.h's order; see InputGradMap for backward
