@@ -208,8 +208,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         console.width = max(console.width, MINIMUM_WIDTH)
     faults = complaints(compiled)
     kernels = examine_all(compiled)
-    if not kernels:
-        faults.append(f"there is no kernel in {nvcc.SOURCES}")
+    wanted = {name.removesuffix("+PTX") for name in toolkit.architectures}
+    missing = sorted(wanted - {kernel.architecture for kernel in kernels})
+    faults += [f"no kernel in {nvcc.SOURCES} was compiled for {name}" for name in missing]
     faults += [fault for kernel in kernels for fault in kernel.faults()]
     show(kernels, console)
     for fault in faults:

@@ -106,8 +106,7 @@ Tiling rows_map(const Extent& e, int lanes, const Device& device) {
   return t;
 }
 
-// The engine that is sure to gain, by bytes and launches: no GPU has measured it yet. One launch beside two,
-// where nothing waits; where blocks wait for each other, only with fewer bytes to and from memory.
+// Whether resident is sure to gain: one launch beside two, where nothing waits.
 bool is_sure_to_gain(const Plan& resident, int lanes, bool aligned, const char*& why) {
   const Tiling& t = resident.reduce;
   if (!aligned ||

@@ -1,5 +1,5 @@
 // The heuristics of the resident engine: how wide a slab is, how many blocks own one, how many slabs are
-// under way at once. Constants have their unit and reason; none of them was measured on a GPU yet.
+// under way at once. Constants have their unit and reason; no GPU has compared them with others.
 #include <algorithm>
 #include <numeric>
 

@@ -118,11 +118,13 @@ struct ResidentBlock {
       for (int u = 0; u < kVectors; ++u) {
         if (k + u < slab.count) places[u] = at.place();
         at.forward();
-        const int64_t left = r.numel - places[u].at;
-        batch.there[u] =
-            r.whole ? (k + u < slab.count ? (1u << kCount) - 1 : 0)
-                    : lanes_there<kCount>({0, places[u].low,
-                                           left < places[u].high ? static_cast<int>(left) : places[u].high});
+        if (r.whole) {
+          batch.there[u] = k + u < slab.count ? (1u << kCount) - 1 : 0;
+        } else {
+          const int64_t left = r.numel - places[u].at;
+          const int high = left < places[u].high ? static_cast<int>(left) : places[u].high;
+          batch.there[u] = lanes_there<kCount>({0, places[u].low, high});
+        }
       }
       load_bits(reducer, places, batch);
       wait_for(slab, k);
