@@ -94,9 +94,9 @@ template <class A, class V>
 BNEXT_HOST_DEVICE auto activation_passes(Activation kind, const V& z) {
   const auto positive = z > V{};
   if (kind == Activation::leaky_relu) return positive;
-  const auto unordered = z != z;
-  if (kind == Activation::relu) return decltype(positive)(positive | unordered);
-  return decltype(positive)((positive & (z < V{} + A(6))) | unordered);
+  const auto not_low = !(z <= V{});
+  if (kind == Activation::relu) return decltype(positive)(not_low);
+  return decltype(positive)(not_low & !(z >= V{} + A(6)));
 }
 
 template <class V, class A>

@@ -33,10 +33,14 @@ BNEXT_INLINE uint32_t bits_where(const Lanes<A>& v, F holds) {
 template <class T, class A>
 BNEXT_INLINE Lanes<A> select(uint32_t bits, const Lanes<A>& yes, const Lanes<A>& no) {
   return generate<A>([&](auto i) __attribute__((always_inline)) {
+#if BNEXT_VECTOR_BYTES == 64
+    return select_native(bits >> i.value * Lanes<A>::kWidth, yes.part[i.value], no.part[i.value]);
+#else
     using V = Native<Integer<A>>;
     V mine;
     for (int lane = 0; lane < Lanes<A>::kWidth; ++lane) mine[lane] = 1 << element_of<T, A>(i.value, lane);
     return ((static_cast<Integer<A>>(bits) - V{}) & mine) != V{} ? yes.part[i.value] : no.part[i.value];
+#endif
   });
 }
 

@@ -126,6 +126,12 @@ using Integer = std::conditional_t<sizeof(A) == 8, int64_t, int32_t>;
 
 BNEXT_INLINE uint32_t lane_bits(Native<int32_t> v) { return _mm512_movepi32_mask((__m512i)v); }
 BNEXT_INLINE uint32_t lane_bits(Native<int64_t> v) { return _mm512_movepi64_mask((__m512i)v); }
+BNEXT_INLINE Native<float> select_native(uint32_t bits, Native<float> yes, Native<float> no) {
+  return (Native<float>)_mm512_mask_blend_ps(static_cast<__mmask16>(bits), (__m512)no, (__m512)yes);
+}
+BNEXT_INLINE Native<double> select_native(uint32_t bits, Native<double> yes, Native<double> no) {
+  return (Native<double>)_mm512_mask_blend_pd(static_cast<__mmask8>(bits), (__m512d)no, (__m512d)yes);
+}
 BNEXT_INLINE Native<double> widen_float(const float* p) {
   return (Native<double>)_mm512_cvtps_pd(_mm256_loadu_ps(p));
 }
