@@ -1,7 +1,8 @@
 // Activations of a fused layer, host and device: names, values and gradients, each formula once.
 //
 // The formulas are templates over V, which is float, double or a GCC vector of either, and A, its element.
-// `kind` is meant to be uniform over a loop. Elementary gives static exp, expm1, log1p, erf and tanh of a V.
+// `kind` is meant to be uniform over a loop. Elementary gives static exp, expm1, log1p, erf and tanh of a V,
+// and not_below and not_above, which leave NaN and -0 at a bound of 0 alone.
 //
 // NaN, infinities and kinks are those of torch's own functions on one element (its vector and scalar code
 // disagree in the gradient at NaN of relu6, elu and hardswish: it is dy here). An activation that selects
@@ -70,6 +71,14 @@ struct ScalarElementary {
   BNEXT_HOST_DEVICE static A tanh(A z) {
     return std::tanh(z);
   }
+  template <class A>
+  BNEXT_HOST_DEVICE static A not_below(A z, A low) {
+    return z < low ? low : z;
+  }
+  template <class A>
+  BNEXT_HOST_DEVICE static A not_above(A z, A high) {
+    return z > high ? high : z;
+  }
 };
 
 // Computed from an elementary function: exp, log1p, erf or tanh.
@@ -105,10 +114,9 @@ BNEXT_HOST_DEVICE V blocked_grad(Activation kind, A param, const V& dy) {
 }
 
 // Kept inside [0, 6]; NaN and -0 pass.
-template <class A, class V>
+template <class Elementary, class A, class V>
 BNEXT_HOST_DEVICE V clamp_to_six(const V& z) {
-  const V above = z < V{} ? V{} : z;
-  return above > V{} + A(6) ? V{} + A(6) : above;
+  return Elementary::not_above(Elementary::not_below(z, V{}), V{} + A(6));
 }
 
 template <class Elementary, class A, class V>
@@ -126,11 +134,11 @@ template <class Elementary, class V, class A>
 BNEXT_HOST_DEVICE V activate(Activation kind, A param, const V& z) {
   switch (kind) {
     case Activation::relu:
-      return z < V{} ? V{} : z;
+      return Elementary::not_below(z, V{});
     case Activation::leaky_relu:
       return z > V{} ? z : z * param;
     case Activation::relu6:
-      return clamp_to_six<A>(z);
+      return clamp_to_six<Elementary, A>(z);
     case Activation::silu:
       return z / (A(1) + Elementary::exp(-z));
     case Activation::gelu:
@@ -138,7 +146,7 @@ BNEXT_HOST_DEVICE V activate(Activation kind, A param, const V& z) {
     case Activation::elu:
       return z > V{} ? z : Elementary::expm1(z) * param;
     case Activation::hardswish:
-      return z * clamp_to_six<A>(V(z + A(3))) / A(6);
+      return z * clamp_to_six<Elementary, A>(V(z + A(3))) / A(6);
     case Activation::sigmoid:
       return logistic<Elementary, A>(z);
     case Activation::tanh:

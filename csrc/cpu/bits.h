@@ -71,6 +71,11 @@ class BitWriter {
   }
 
   BNEXT_INLINE void append(uint32_t bits, int count) {
+    if (held_ == 0 && count == 16) {  // on boundaries of words, as most stretches are
+      *word_++ = static_cast<uint16_t>(bits);
+      next_ += 16;
+      return;
+    }
     pending_ |= bits << held_;
     held_ += count;
     next_ += count;
