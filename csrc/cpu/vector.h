@@ -157,11 +157,15 @@ BNEXT_INLINE Lanes<float> load_bf16(const void* p) {
   const __m512i words = _mm512_castsi256_si512(load_native<__m256i>(p));
   return {{(Native<float>)_mm512_maskz_permutexvar_epi16(0xaaaaaaaa, (__m512i)spread, words)}};
 }
+// round_bf16 in three instructions instead of four: one more where the last bit that stays is set.
 template <class Store>
 BNEXT_INLINE void store_bf16(void* p, const Lanes<float>& v, Store store_vector) {
   Native<uint16_t> upper;
   for (int k = 0; k < 32; ++k) upper[k] = static_cast<uint16_t>(k % 16 * 2 + 1);
-  const __m512i rounded = (__m512i)round_bf16<Native<uint32_t>>(v.part[0]);
+  const __m512i bits = (__m512i)v.part[0], below_half = _mm512_set1_epi32(0x7fff);
+  const __mmask16 odd = _mm512_test_epi32_mask(bits, _mm512_set1_epi32(1 << 16));
+  const __m512i even = _mm512_add_epi32(bits, below_half);
+  const __m512i rounded = _mm512_mask_sub_epi32(even, odd, even, _mm512_set1_epi32(-1));
   store_vector(p, _mm512_castsi512_si256(_mm512_permutexvar_epi16((__m512i)upper, rounded)));
 }
 
