@@ -225,10 +225,7 @@ BNEXT_INLINE Native<double> widen_float(const float* p) {
 BNEXT_INLINE Native<uint32_t> widen_u16(const void* p) {
   return __builtin_convertvector((load_native<Native<uint16_t, kBytes / 2>>(p)), Native<uint32_t>);
 }
-// Called: without an instruction for it, float16 is a third of this file's code and of its compilation.
-__attribute__((noinline)) Native<float> widen_half(const void* p) {
-  return widen_f16<Native<float>>(widen_u16(p));
-}
+BNEXT_INLINE Native<float> widen_half(const void* p) { return widen_f16<Native<float>>(widen_u16(p)); }
 template <class V>
 BNEXT_INLINE void store_native_streaming(void* p, V v) {
 #if defined(__x86_64__)
@@ -257,6 +254,7 @@ BNEXT_INLINE void store_bf16(void* p, const Lanes<float>& v, Store store_vector)
   });
   store_u16(p, bits, store_vector);
 }
+// Called: without an instruction for it the code would be a third larger.
 __attribute__((noinline)) Native<uint32_t> narrow_half(Native<float> v) {
   return narrow_f16<Native<uint32_t>>(v);
 }
