@@ -11,6 +11,7 @@ in any of its loops, or if nvcc had anything to say, a warning perhaps.
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib.metadata
 import json
 import re
@@ -68,6 +69,7 @@ class Kernel:
         return [f"{self.name} for {self.architecture} {fault}" for fault, is_so in found.items() if is_so]
 
 
+@functools.cache
 def find_tool(name: str) -> str:
     """The one on PATH, else that of the package."""
     if found := shutil.which(name):

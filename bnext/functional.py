@@ -109,7 +109,8 @@ def batch_norm(
         RuntimeError: a vector of another length, dtype or device; a residual of another size, dtype or device; no
             running statistics in inference; inplace on a leaf that requires grad or on memory that overlaps itself, and
             on the CPU with a weight of exactly 0 when a gradient will be asked for.
-        NotImplementedError: an input that is not floating point; a second derivative with inplace.
+        NotImplementedError: an input that is not floating point; forward-mode derivatives, as the operator has formulas
+            for backward alone; a second derivative with inplace, which would need the input that was overwritten.
     """
     if inplace and residual is not None:
         raise ValueError(

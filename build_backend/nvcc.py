@@ -121,9 +121,8 @@ def toolkit(architectures: Sequence[str] | None = None) -> Toolkit:
         return [os.path.realpath(word[len(flag) :]) for word in words if word.startswith(flag)]
 
     libraries = [f"-L{directory}" for directory in directories("LIBRARIES", "-L")]
-    wished = (
-        architectures or os.environ.get(WISHES, "").replace(";", " ").split()
-    )  # 8.0;9.0+PTX, or with spaces
+    listed = os.environ.get(WISHES, "").replace(";", " ").split()  # 8.0;9.0+PTX, or with spaces
+    wished = architectures or listed
     for name in wished:
         if not re.fullmatch(r"\d+\.\d[af]?(\+PTX)?", name):
             sys.exit(f"architectures ({WISHES}) are numbers such as 9.0 or 9.0+PTX, and {name!r} is none.")

@@ -2,7 +2,7 @@
 //
 // The formulas are templates over V, which is float, double or a GCC vector of either, and A, its element.
 // `kind` is meant to be uniform over a loop. Elementary gives static exp, expm1, log1p, erf and tanh of a V,
-// and not_below and not_above, which leave NaN and -0 at a bound of 0 alone.
+// and not_below, which leaves NaN, and -0 at a bound of 0, as they are.
 //
 // NaN, infinities and kinks are those of torch's own functions on one element (its vector and scalar code
 // disagree in the gradient at NaN of relu6, elu and hardswish: it is dy here). An activation that selects
@@ -75,10 +75,6 @@ struct ScalarElementary {
   BNEXT_HOST_DEVICE static A not_below(A z, A low) {
     return z < low ? low : z;
   }
-  template <class A>
-  BNEXT_HOST_DEVICE static A not_above(A z, A high) {
-    return z > high ? high : z;
-  }
 };
 
 // Computed from an elementary function: exp, log1p, erf or tanh.
@@ -116,7 +112,8 @@ BNEXT_HOST_DEVICE V blocked_grad(Activation kind, A param, const V& dy) {
 // Kept inside [0, 6]; NaN and -0 pass.
 template <class Elementary, class A, class V>
 BNEXT_HOST_DEVICE V clamp_to_six(const V& z) {
-  return Elementary::not_above(Elementary::not_below(z, V{}), V{} + A(6));
+  const V above = Elementary::not_below(z, V{});
+  return above > V{} + A(6) ? V{} + A(6) : above;
 }
 
 template <class Elementary, class A, class V>

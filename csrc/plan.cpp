@@ -23,9 +23,8 @@ constexpr int64_t kSharedColumns =
 constexpr int64_t kFoldColumns = 128;         // rows narrower than this are folded
 constexpr int64_t kSerialElements = 1 << 15;  // below this a parallel region costs more than it saves
 constexpr int64_t kChunkElements = 1 << 16;   // smallest chunk worth its own partial sums
-constexpr int64_t kFirstCache =
-    48 << 10;                      // bytes: an L1 cache that holds 16 KB fetched ahead beside the rest
-constexpr int64_t kFewParts = 16;  // parts that still balance, give or take a half
+constexpr int64_t kFirstCache = 48 << 10;     // bytes: an L1 cache that holds what is fetched 16 KB ahead
+constexpr int64_t kFewParts = 16;             // parts that still balance, give or take a half
 constexpr int64_t kMaxParts = 64;  // slabs * chunks aimed at: enough for any thread count to balance
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -193,7 +192,7 @@ Plan make_plan(const Problem& problem, const Machine& machine) {
   const bool alone = problem.pass == Pass::inference && !machine.cache_of_host;
   const int64_t room = alone ? last_cache : last_cache / 3 * 2;
   plan.beyond_cache = plan.bytes_minimum > room;
-  plan.fetches_first = machine.first_cache >= kFirstCache;
+  plan.fetches_first = plan.beyond_cache && machine.first_cache >= kFirstCache;
   plan.streaming_stores = plan.beyond_cache && in_lines && machine.shared_cache > 0;
   return plan;
 }

@@ -76,7 +76,7 @@ struct Plan {
   int64_t chunks = 1;
   int threads = 1;
   bool beyond_cache = false;   // the call's tensors fill the last cache: tiles fetch ahead
-  bool fetches_first = false;  // what is reduced is fetched into the L1 cache, not only into L2
+  bool fetches_first = false;  // what they reduce into the L1 cache, not only into L2
   bool next_fits = false;      // two slabs fit the private cache: one is fetched while the other is mapped
   bool streaming_stores = false;
   int64_t cache_bytes = 0;    // what one slab wants to keep in cache

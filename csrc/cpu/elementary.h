@@ -13,41 +13,18 @@ struct VectorElementary {
   using I = Native<int32_t>;
   using D = Native<double>;
 
-  // One instruction each: it gives the second operand where one is NaN or both are zeros.
-#if BNEXT_VECTOR_BYTES == 64
-  BNEXT_INLINE static F not_below(const F& v, const F& low) {
-    return (F)_mm512_max_ps((__m512)low, (__m512)v);
-  }
-  BNEXT_INLINE static F not_above(const F& v, const F& high) {
-    return (F)_mm512_min_ps((__m512)high, (__m512)v);
-  }
-  BNEXT_INLINE static D not_below(const D& v, const D& low) {
-    return (D)_mm512_max_pd((__m512d)low, (__m512d)v);
-  }
-  BNEXT_INLINE static D not_above(const D& v, const D& high) {
-    return (D)_mm512_min_pd((__m512d)high, (__m512d)v);
-  }
-#elif BNEXT_VECTOR_BYTES == 32
-  BNEXT_INLINE static F not_below(const F& v, const F& low) {
-    return (F)_mm256_max_ps((__m256)low, (__m256)v);
-  }
-  BNEXT_INLINE static F not_above(const F& v, const F& high) {
-    return (F)_mm256_min_ps((__m256)high, (__m256)v);
-  }
-  BNEXT_INLINE static D not_below(const D& v, const D& low) {
-    return (D)_mm256_max_pd((__m256d)low, (__m256d)v);
-  }
-  BNEXT_INLINE static D not_above(const D& v, const D& high) {
-    return (D)_mm256_min_pd((__m256d)high, (__m256d)v);
-  }
-#else
   template <class V>
   BNEXT_INLINE static V not_below(const V& v, const V& low) {
     return v < low ? low : v;
   }
-  template <class V>
-  BNEXT_INLINE static V not_above(const V& v, const V& high) {
-    return v > high ? high : v;
+  // The maximum gives its second operand where one is NaN or both are zeros.
+#if BNEXT_VECTOR_BYTES == 64
+  BNEXT_INLINE static F not_below(const F& v, const F& low) {
+    return (F)_mm512_max_ps((__m512)low, (__m512)v);
+  }
+#elif BNEXT_VECTOR_BYTES == 32
+  BNEXT_INLINE static F not_below(const F& v, const F& low) {
+    return (F)_mm256_max_ps((__m256)low, (__m256)v);
   }
 #endif
 
@@ -164,7 +141,8 @@ struct VectorElementary {
   BNEXT_INLINE static F power_of_two(const I& n) { return bits_as<F>(I((n + 127) << 23)); }
 
   BNEXT_INLINE static F clamp(const F& x, float low, float high) {  // NaN passes
-    return not_above(not_below(x, F{} + low), F{} + high);
+    const F above = not_below(x, F{} + low);
+    return above > high ? F{} + high : above;
   }
   BNEXT_INLINE static F absolute(const F& x) { return bits_as<F>(I(bits_as<I>(x) & 0x7fffffff)); }
   // value is not negative, or has x's sign already.

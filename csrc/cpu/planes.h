@@ -6,7 +6,6 @@
 
 constexpr int64_t kJumpBytes =
     64 << 10;  // fetched ahead where a slab leaves memory order: up to so much at once
-
 constexpr int64_t kLineBytes = 64;
 
 // f(channel, channels, offset of the first one's run, length of each run), outer indices ascending or
