@@ -1,6 +1,7 @@
 """Batch normalization for PyTorch with hand-written kernels.
 
 - BatchNorm1d, BatchNorm2d, BatchNorm3d: drop-in replacements of torch.nn's
+- convert, fuse: a network that exists gets them, in one line; restore: the way back
 - functional.batch_norm: the function behind them
 - reference, reference_activations: the same in NumPy and float64, the specification
 - memory: what the blocks of large outputs keep, and how to limit it
@@ -14,6 +15,8 @@ require_build()
 
 from . import functional, memory, reference, reference_activations
 from ._C import CudaDevice, build_info
+from .conversion import convert, restore
+from .fusion import fuse
 from .modules import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from .planning import plan
 
@@ -26,9 +29,12 @@ __all__ = [
     "CudaDevice",
     "__version__",
     "build_info",
+    "convert",
     "functional",
+    "fuse",
     "memory",
     "plan",
     "reference",
     "reference_activations",
+    "restore",
 ]

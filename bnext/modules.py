@@ -14,7 +14,7 @@ __all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d"]
 _State = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
 
-class _FusedBatchNorm(nn.modules.batchnorm._BatchNorm):
+class FusedBatchNorm(nn.modules.batchnorm._BatchNorm):
     """What the three classes share.
 
     Every check on the input stands in the operator, before anything is touched, and forward does not look at the
@@ -114,7 +114,7 @@ class _FusedBatchNorm(nn.modules.batchnorm._BatchNorm):
             return self.weight, self.bias, self.running_mean, self.running_var, counter
 
 
-class BatchNorm1d(_FusedBatchNorm, nn.BatchNorm1d):
+class BatchNorm1d(FusedBatchNorm, nn.BatchNorm1d):
     """Batch normalization of (N, C) or (N, C, L) input.
 
     :class:`torch.nn.BatchNorm1d` with the same arguments, state and errors, and the keywords ``unbiased_running_var``
@@ -128,13 +128,13 @@ class BatchNorm1d(_FusedBatchNorm, nn.BatchNorm1d):
     _ndims = (2, 3)
 
 
-class BatchNorm2d(_FusedBatchNorm, nn.BatchNorm2d):
+class BatchNorm2d(FusedBatchNorm, nn.BatchNorm2d):
     """Batch normalization of (N, C, H, W) input, contiguous or channels_last; see :class:`BatchNorm1d`."""
 
     _ndims = (4,)
 
 
-class BatchNorm3d(_FusedBatchNorm, nn.BatchNorm3d):
+class BatchNorm3d(FusedBatchNorm, nn.BatchNorm3d):
     """Batch normalization of (N, C, D, H, W) input, contiguous or channels_last_3d; see :class:`BatchNorm1d`."""
 
     _ndims = (5,)

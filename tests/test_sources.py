@@ -1,6 +1,7 @@
 """The house rules that a reader relies on, read off the sources: who may include whom, how files begin and end.
 
-    bnext/   modules -> functional -> the operators        (reference stands beside them and knows NumPy only)
+    bnext/   fusion -> conversion -> modules -> functional -> the operators
+             (reference stands beside them and knows NumPy only, torch_activations knows torch only)
     csrc/    library -> direct_call, autograd, nodes, double_backward, ops, calls, checks (tensors) -> engine (devices)
                      -> cpu/, cuda/ (loops) -> plan, plan_cuda, dispatch, formulas, args, storage (plain)
 
@@ -192,6 +193,9 @@ LOWER: dict[str, set[str]] = {
     "reference_activations.py": {".reference"},
     "functional.py": {"._C"},
     "memory.py": {"._C"},
+    "fusion.py": {".conversion", ".modules", ".torch_activations"},
+    "conversion.py": {".modules", ".torch_activations"},
+    "torch_activations.py": set(),
     "modules.py": {".functional"},
 }
 

@@ -1,0 +1,192 @@
+"""bnext.fuse: the same network with fewer passes, of networks as the field writes them."""
+
+from __future__ import annotations
+
+import copy
+import io
+from collections import Counter
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import fx, nn
+from torch.nn import functional as F
+
+import bnext
+from cases import ACTIVE, Active
+from networks import NETWORKS, BasicBlock, Net, images, make, stack, step
+from test_activation_layers import fresh_compiler
+
+__all__ = ["fresh_compiler"]  # a fixture
+
+# Two float64 computations of a network of a few layers with weights around 1: some hundred roundings, enlarged by
+# the division by a standard deviation in each layer.
+CLOSE = {"rtol": 1e-9, "atol": 1e-9}
+
+every_network = pytest.mark.parametrize("network", NETWORKS.values(), ids=NETWORKS.keys())
+
+
+def counts(network: fx.GraphModule) -> dict[str, int]:
+    """Of what stands in a fused network's graph."""
+    found: Counter[str] = Counter()
+    for node in network.graph.nodes:
+        if node.op == "call_module":
+            layer = network.get_submodule(node.target)
+            if isinstance(layer, bnext.BatchNorm2d):
+                found[
+                    "norm" + "+add" * (len(node.args) == 2) + f"+{layer.activation}" * bool(layer.activation)
+                ] += 1
+            elif isinstance(layer, nn.ReLU | nn.LeakyReLU | nn.SiLU | nn.Hardswish):
+                found["activation"] += 1
+        elif "add" in str(node.target):
+            found["add"] += 1
+        elif "relu" in str(node.target):
+            found["activation"] += 1
+    return dict(found)
+
+
+EXPECTED = {
+    "torchvision": {"norm": 1, "norm+leaky_relu": 1, "norm+relu": 2, "norm+add+relu": 2},
+    "functional": {"norm": 1, "norm+leaky_relu": 1, "norm+relu": 2, "norm+add+relu": 2},
+    "pre-activation": {"norm+leaky_relu": 1, "norm+relu": 2, "add": 1},
+    "inverted": {"norm+leaky_relu": 1, "norm+hardswish": 1, "norm+silu": 1, "norm+add": 1},
+}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_what_is_drawn_in(name: str) -> None:
+    assert counts(bnext.fuse(make(NETWORKS[name]), images())) == EXPECTED[name]
+
+
+@every_network
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_trains_and_infers_as_before(network: Callable[[], nn.Module], layout: torch.memory_format) -> None:
+    plain = make(network).to(memory_format=layout)
+    fused = bnext.fuse(copy.deepcopy(plain), images())
+    x = images().contiguous(memory_format=layout)
+    for training in (True, True, False, True):
+        plain.train(training), fused.train(training)
+        torch.testing.assert_close(step(fused, x), step(plain, x), **CLOSE)
+    torch.testing.assert_close(dict(fused.state_dict()), dict(plain.state_dict()), **CLOSE)
+
+
+@every_network
+def test_the_original_stays_and_shares(network: Callable[[], nn.Module]) -> None:
+    original = make(network).eval()
+    before, types = copy.deepcopy(original), [type(module) for module in original.modules()]
+    fused = bnext.fuse(original, images())
+    assert not fused.training
+    assert [type(module) for module in original.modules()] == types
+    assert all(not module.training for module in original.modules())
+    torch.testing.assert_close(original.state_dict(), before.state_dict(), rtol=0, atol=0)
+    torch.testing.assert_close(step(original, images()), step(before, images()), rtol=0, atol=0)
+    mine, theirs = dict(fused.named_parameters()), dict(original.named_parameters())
+    assert mine.keys() == theirs.keys() and all(mine[name] is theirs[name] for name in mine)
+    optimizer = torch.optim.SGD(original.parameters(), lr=0.1)
+    fused.train()
+    step(fused, images())
+    optimizer.step()
+    assert not torch.equal(original[0].weight, before[0].weight)
+    torch.testing.assert_close(dict(fused.state_dict()), dict(original.state_dict()), rtol=0, atol=0)
+    assert original[1].num_batches_tracked == before[1].num_batches_tracked + 1
+
+
+def test_nothing_is_computed_nor_counted() -> None:
+    network, x = make(NETWORKS["torchvision"]), images()
+    before, generator = copy.deepcopy(network.state_dict()), torch.get_rng_state()
+    bnext.fuse(network, x)
+    torch.testing.assert_close(network.state_dict(), before, rtol=0, atol=0)
+    assert torch.equal(torch.get_rng_state(), generator)
+
+
+FORMS: dict[str, Callable[[Active, bool], nn.Module]] = {
+    "module": lambda active, inplace: Net(lambda net, x: net.f(net.norm(x)), f=module_of(active, inplace)),
+    "function": lambda active, inplace: Net(lambda net, x: function_of(active, inplace)(net.norm(x))),
+}
+MODULES = {
+    "relu": nn.ReLU,
+    "leaky_relu": nn.LeakyReLU,
+    "relu6": nn.ReLU6,
+    "silu": nn.SiLU,
+    "gelu": nn.GELU,
+    "elu": nn.ELU,
+    "hardswish": nn.Hardswish,
+    "sigmoid": nn.Sigmoid,
+    "tanh": nn.Tanh,
+}
+NEVER_IN_PLACE = {"gelu", "sigmoid", "tanh"}  # torch has no such argument
+
+
+def module_of(active: Active, inplace: bool) -> nn.Module:
+    given = () if active.activation_param is None else (active.activation_param,)
+    return MODULES[active.activation](*given, **({"inplace": True} if inplace else {}))
+
+
+def function_of(active: Active, inplace: bool) -> Callable[..., torch.Tensor]:
+    function = getattr(F, active.activation)
+    given = () if active.activation_param is None else (active.activation_param,)
+    return lambda z: function(z, *given, **({"inplace": True} if inplace else {}))
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS.keys())
+@pytest.mark.parametrize("active", ACTIVE, ids=str)
+def test_every_activation_in_every_form(
+    active: Active, form: Callable[[Active, bool], nn.Module], inplace: bool
+) -> None:
+    if inplace and active.activation in NEVER_IN_PLACE:
+        return
+    network = form(active, inplace)
+    network.add_module("norm", nn.BatchNorm2d(3))
+    network.double()
+    fused = bnext.fuse(network, images())
+    assert counts(fused) == {f"norm+{active.activation}": 1}
+    torch.testing.assert_close(step(fused, images()), step(network, images()), **CLOSE)
+
+
+METHODS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "relu": lambda z: z.relu_(),
+    "relu ": torch.relu,
+    "sigmoid": lambda z: z.sigmoid(),
+    "sigmoid ": torch.sigmoid,
+    "tanh": lambda z: z.tanh_(),
+    "tanh ": torch.tanh,
+    "leaky_relu": lambda z: F.leaky_relu(z, negative_slope=0.3),
+    "elu": lambda z: F.elu(z, alpha=2),
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_methods_and_keywords(name: str) -> None:
+    network = Net(lambda net, x: METHODS[name](net.norm(x)), norm=nn.BatchNorm2d(3)).double()
+    fused = bnext.fuse(network, images())
+    assert counts(fused) == {f"norm+{name.strip()}": 1}
+    torch.testing.assert_close(step(fused, images()), step(network, images()), **CLOSE)
+
+
+def test_compiles_copies_and_loads(fresh_compiler: None) -> None:
+    fused = bnext.fuse(make(NETWORKS["torchvision"]), images())
+    expected = step(copy.deepcopy(fused), images())
+    buffer = io.BytesIO()
+    torch.save(fused, buffer)
+    buffer.seek(0)
+    loaded = torch.load(buffer, weights_only=False)
+    compiled = torch.compile(copy.deepcopy(fused), fullgraph=True, backend="aot_eager")
+    found = {name.removeprefix("_orig_mod."): value for name, value in step(compiled, images()).items()}
+    torch.testing.assert_close(found, expected, **CLOSE)
+    torch.testing.assert_close(step(loaded, images()), expected, rtol=0, atol=0)
+
+
+def test_blocks_one_by_one() -> None:
+    plain = make(lambda: stack(BasicBlock(4, 4), BasicBlock(4, 4)))
+    fused = copy.deepcopy(plain)
+    for place in (3, 4):
+        fused[place] = bnext.fuse(fused[place], torch.empty(1, 4, 8, 10, dtype=torch.float64))
+    torch.testing.assert_close(step(fused, images()), step(plain, images()), **CLOSE)
+    assert plain.state_dict().keys() == fused.state_dict().keys()
+
+
+def test_a_residual_of_another_batch_size() -> None:
+    """Sizes of the example decide which additions are of equal tensors, not the sizes of later calls."""
+    fused = bnext.fuse(make(NETWORKS["torchvision"]), images())
+    assert fused(images()[:2]).shape == (2, 3)
