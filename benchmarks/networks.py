@@ -1,4 +1,4 @@
-"""Whole training steps of a ResNet: torch's layers, bnext.convert, bnext.fuse, and torch.compile where it is asked for.
+"""Whole training steps of a ResNet: torch's layers, bnext.convert, bnext.fuse, with torch.compile where asked for.
 
     python -m benchmarks.networks
     python -m benchmarks.networks --network resnet18 --batch 64 --dtype bfloat16 --layout channels_last
@@ -7,6 +7,9 @@
 A step is forward, loss and backward of all parameters, bfloat16 meaning autocast. Every implementation starts from the
 same weights; it is timed only after its loss and the gradients of the first convolution were compared with torch's. A
 round times each of them once, in an order drawn anew; the result is the median of the rounds.
+
+A third of a step may go into pages that large tensors fault in anew, and how many depends on what the process did
+before. Without them, for all implementations alike: MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import os
 import random
 import statistics
 import sys
@@ -41,6 +45,7 @@ IMPLEMENTATIONS: dict[str, Callable[[nn.Module, Tensor], nn.Module]] = {
     "compile": lambda network, x: torch.compile(network),
     "convert": lambda network, x: bnext.convert(network),
     "fuse": lambda network, x: bnext.fuse(network, x),
+    "fuse_compile": lambda network, x: torch.compile(bnext.fuse(network, x)),
 }
 PEERS = ("torch", "compile")
 # Error of the gradient relative to torch's, as Euclidean norms: wrong results are to be caught. Fifty layers enlarge a
@@ -173,6 +178,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     if options.json:
         settings = {key: getattr(options, key) for key in ("network", "batch", "image", "rounds")}
+        settings |= {name: value for name, value in os.environ.items() if name.startswith("MALLOC_")}
         results = [
             {"dtype": dtype, "layout": layout, "name": one.name, "seconds": one.seconds, "faults": one.faults}
             for (dtype, layout), group in rows.items()
