@@ -1,32 +1,36 @@
-"""Draws what follows a batch norm into it: of a network's graph, not of its text."""
+"""Draws what follows a batch norm into it, in a network that exists: of its graphs, not of its text."""
 
 from __future__ import annotations
 
 import copy
-import operator
-import re
-from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import suppress
 from typing import Any, cast
 
 import torch
-from torch import fx, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.passes.shape_prop import ShapeProp, TensorMetadata
+from torch import Tensor, fx, nn
+from torch._subclasses import fake_tensor
+from torch.fx.passes.shape_prop import ShapeProp
+from torch.utils._pytree import tree_map_only
 
-from .conversion import FUSED, OURS, convert
+from .conversion import convert
+from .fused_graph import NORMS, fuse_graph
 from .modules import FusedBatchNorm
-from .torch_activations import Activation, of_call, of_module
+from .tracing import has_norm, mode, trace
 
 __all__ = ["fuse"]
 
-_ADDITIONS: set[Any] = {operator.add, operator.iadd, torch.add, "add", "add_"}
-_KINDS = {*OURS, *OURS.values()}
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+# Where a forward asks for the values of a tensor, which a fake one has not.
+_NEEDS_VALUES = (
+    fake_tensor.DataDependentOutputException,
+    fake_tensor.DynamicOutputShapeException,
+    fake_tensor.UnsupportedFakeTensorException,
+    fake_tensor.UnsupportedOperatorException,
+)
+
+_Calls = dict[nn.Module, list[tuple[Any, ...] | None]]  # the arguments of each call, None if some had names
 
 
-def fuse(module: nn.Module, *example_inputs: Any) -> fx.GraphModule:
+def fuse(module: nn.Module, *example_inputs: Any) -> nn.Module:
     """A network in which each batch norm computes the addition and the activation that follow it as well.
 
     ``relu(bn(x))`` and ``relu(bn(x) + identity)``, however they are written (modules, functions, methods, in place),
@@ -35,14 +39,15 @@ def fuse(module: nn.Module, *example_inputs: Any) -> fx.GraphModule:
     another size or dtype; one across a write to memory.
 
     The result shares parameters and buffers with `module`, which stays as it is: training one trains both, until
-    ``.to`` gives one of them other buffers. Names in the state dict are the same. It is a
-    :class:`torch.fx.GraphModule` with the limits of :mod:`torch.fx`: it has forward alone of the class's methods, and
-    what Python decided while it was traced is decided for good. Where a network cannot be traced, its blocks can:
-    ``network.layer1 = bnext.fuse(network.layer1, x)``.
+    ``.to`` gives one of them other buffers. Names in the state dict are the same.
+
+    What torch.fx can trace, and is called once, becomes a :class:`torch.fx.GraphModule`: it has forward alone of the
+    class's methods, and parameters that forward does not use are left out. What it cannot, or what is another forward
+    in training than in eval, for a graph is one of them, stays a module of its class; the modules in it are fused one
+    by one.
 
     Args:
-        module: a module whose forward torch.fx can trace, and that does the same in training and in eval but for its
-            submodules.
+        module: any module.
         example_inputs: what forward takes. Sizes and dtypes are read, nothing is computed: they decide which additions
             are of equal tensors. Under autocast call this under autocast too.
 
@@ -50,204 +55,90 @@ def fuse(module: nn.Module, *example_inputs: Any) -> fx.GraphModule:
         The fused network, in the mode of `module`.
 
     Raises:
-        ValueError: forward cannot be traced, is another one in training than in eval, or does not take the example.
+        ValueError: forward does not take the example, or does more with a module in it than call it.
     """
-    graph = _trace(module)
-    fused = fx.GraphModule(module, graph, type(module).__name__)
-    _note_sizes(fused, example_inputs)
-    norms = [node for node in graph.nodes if _norm(fused, node) is not None]
-    order = {node: place for place, node in enumerate(graph.nodes)}
-    calls = Counter(_norm(fused, node) for node in norms)
-    copies: dict[nn.Module, FusedBatchNorm] = {}
-    # Backwards: of two batch norms that are added the later one has what the earlier one gave.
-    for node in reversed(norms):
-        original = _norm(fused, node)
-        assert original is not None
-        if original not in copies:
-            copies[original] = _sharing(original)
-        layer = copies[original]
-        parent, _, name = str(node.target).rpartition(".")
-        setattr(fused.get_submodule(parent), name, layer)
-        if calls[original] == 1 and not _has_hooks(layer):
-            _draw_in(fused, node, layer, order)
-    graph.lint()
-    fused.recompile()
-    fused.delete_all_unused_submodules()
-    fused.meta[FUSED] = True
+    fake = fake_tensor.FakeTensorMode(allow_non_fake_inputs=True)
+    calls: _Calls = {}
+    try:
+        _run(fake, module, example_inputs, calls)
+    except Exception as error:  # whatever forward raises
+        raise ValueError(
+            f"expected example_inputs that forward takes, but it raises {type(error).__name__}: {error}"
+        ) from error
+    fused = _Fusion(fake, calls).of(module)
+    try:
+        _run(fake, fused, example_inputs, {})
+    except Exception as error:
+        raise ValueError(
+            "expected a forward that does no more with the modules in it than call them, but with fused ones "
+            f"that of {type(module).__name__} raises {type(error).__name__}: {error}; fuse its blocks one by one"
+        ) from error
     return fused
 
 
-def _draw_in(fused: fx.GraphModule, node: fx.Node, layer: FusedBatchNorm, order: dict[fx.Node, int]) -> None:
-    """The addition and the activation after one call of a layer, where they are certain to be the same in it."""
-    if layer.inplace or layer.activation is not None or node.kwargs or len(node.args) != 1:
-        return
-    drawn: list[fx.Node] = []
-    residual = _residual(fused, node, order)
-    if residual is not None:
-        drawn.append(*node.users)
-    found = _activation(fused, drawn[-1] if drawn else node)
-    if found is not None:
-        drawn.append(*(drawn[-1] if drawn else node).users)
-    if not drawn or any(_writes(fused, other) for other in _between(node, drawn[-1]) if other not in drawn):
-        return
-    drawn[-1].replace_all_uses_with(node)
-    for erased in reversed(drawn):
-        fused.graph.erase_node(erased)
-    if residual is not None:
-        node.args = (*node.args, residual)
-    if found is not None:
-        layer.activation, layer.activation_param = found
+class _Fusion:
+    """Of the modules of one network; each has one twin, however often it is in it."""
+
+    def __init__(self, fake: fake_tensor.FakeTensorMode, calls: _Calls) -> None:
+        self.fake = fake
+        # Called once and by position: only of these is it known that what the graph says is all that happens.
+        self.inputs = {
+            called: found[0] for called, found in calls.items() if len(found) == 1 and found[0] is not None
+        }
+        self.twins: dict[nn.Module, nn.Module] = {}
+
+    def of(self, module: nn.Module) -> nn.Module:
+        if module not in self.twins:
+            self.twins[module] = self._twin(module)
+        return self.twins[module]
+
+    def _twin(self, module: nn.Module) -> nn.Module:
+        if type(module) in NORMS:
+            return convert(_sharing(module))
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) or not has_norm(module):
+            return module
+        graph = trace(module) if module in self.inputs else None
+        if graph is not None:
+            fused = fx.GraphModule(module, graph, type(module).__name__)
+            with mode(fused, training=False):
+                ShapeProp(fused, fake_mode=self.fake).propagate(*self.inputs[module])
+            fuse_graph(
+                fused, lambda norm: cast(FusedBatchNorm, self.of(norm)), lambda norm: norm in self.inputs
+            )
+            return fused
+        twin = _sharing(module)
+        for name, child in module._modules.items():
+            twin._modules[name] = None if child is None else self.of(child)
+        return twin
 
 
-def _residual(fused: fx.GraphModule, node: fx.Node, order: dict[fx.Node, int]) -> fx.Node | None:
-    """What the only reader of a batch norm adds to it: a tensor of the same size and dtype that is there already."""
-    reader = _only_reader(node)
-    if reader is None or reader.target not in _ADDITIONS or reader.kwargs or len(reader.args) != 2:
-        return None
-    left, right = reader.args
-    other = right if left is node else left
-    if not isinstance(other, fx.Node) or other is node or order[other] > order[node]:
-        return None
-    if _size(other) is None or _size(other) != _size(node):
-        return None
-    writes_over_it = left is other and reader.target not in (operator.add, torch.add, "add")
-    if writes_over_it and (_norm(fused, other) is None or _only_reader(other) is None):
-        return None  # somebody may look at it afterwards
-    return other
+def _run(
+    fake: fake_tensor.FakeTensorMode, module: nn.Module, example_inputs: tuple[Any, ...], calls: _Calls
+) -> None:
+    """Calls a copy in eval, of fake tensors all, and notes the calls that end of modules with batch norms."""
+    with fake_tensor.FakeCopyMode(fake):
+        stand_in = copy.deepcopy(module)
+    for original, part in zip(module.modules(), stand_in.modules(), strict=True):
+
+        def note(
+            _: Any, args: tuple[Any, ...], kwargs: dict[str, Any], y: Any, of: nn.Module = original
+        ) -> None:
+            calls.setdefault(of, []).append(None if kwargs else args)
+
+        if has_norm(original):
+            part.register_forward_hook(note, with_kwargs=True)
+    # Where a value is asked for, what has ended until then is known.
+    with mode(stand_in, training=False), torch.no_grad(), suppress(*_NEEDS_VALUES), fake:
+        stand_in(*tree_map_only(Tensor, fake.from_tensor, example_inputs))
 
 
-def _activation(fused: fx.GraphModule, node: fx.Node) -> Activation | None:
-    """What the only reader of a value computes of it, if that is one of our activations."""
-    reader = _only_reader(node)
-    if reader is None or reader.all_input_nodes != [node]:
-        return None
-    if reader.op == "call_module":
-        module = fused.get_submodule(str(reader.target))
-        return None if _has_hooks(module) else of_module(module)
-    return of_call(reader.target, reader.args, reader.kwargs)
-
-
-def _trace(module: nn.Module) -> fx.Graph:
-    """The graph of forward, once it is known to be the same in training and in eval."""
-    graphs = {}
-    for training in (True, False):
-        with _mode(module, training):
-            try:
-                graphs[training] = _Tracer().trace(module)
-            except Exception as error:  # whatever forward raises when it meets a proxy
-                raise ValueError(
-                    f"expected a forward that torch.fx can trace, but that of {type(module).__name__} raises "
-                    f"{type(error).__name__}: {error}; its blocks may be fused one by one"
-                ) from error
-    as_text = {training: re.sub(r"_tensor_constant\d+", "", str(graph)) for training, graph in graphs.items()}
-    if as_text[True] != as_text[False]:
-        raise ValueError(
-            "expected a forward that is the same in training and in eval but for its submodules, for a trace keeps "
-            f"one of them, but that of {type(module).__name__} is not; fuse the blocks that are, or use "
-            "modules (nn.Dropout for functional.dropout)"
-        )
-    return graphs[module.training]
-
-
-class _Proxy(fx.Proxy):
-    """Where `a += b` writes to a. torch.fx by itself reads it as `a = a + b`."""
-
-
-def _recorded(target: Callable[[Any, Any], Any]) -> Callable[[fx.Proxy, Any], fx.Proxy]:
-    return lambda a, b: a.tracer.create_proxy("call_function", target, (a, b), {})
-
-
-for _name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor"):
-    setattr(_Proxy, f"__{_name}__", _recorded(getattr(operator, _name)))
-
-
-class _Tracer(fx.Tracer):
-    """Batch norms, ours too, are calls of modules in the graph."""
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, nn.modules.batchnorm._BatchNorm) or super().is_leaf_module(
-            m, module_qualified_name
-        )
-
-    def proxy(self, node: fx.Node) -> fx.Proxy:
-        return _Proxy(node, self)
-
-
-@contextmanager
-def _mode(module: nn.Module, training: bool) -> Iterator[None]:
-    """Training or eval for a while, as the module itself understands it."""
-    before = {part: part.training for part in module.modules()}
-    try:
-        module.train(training)
-        yield
-    finally:
-        for part, was in before.items():
-            part.training = was
-
-
-def _note_sizes(fused: fx.GraphModule, example_inputs: tuple[Any, ...]) -> None:
-    """Writes sizes and dtypes to the nodes; with fake tensors, and in eval: nothing is computed or counted."""
-    with _mode(fused, training=False):
-        try:
-            ShapeProp(fused, fake_mode=FakeTensorMode(allow_non_fake_inputs=True)).propagate(*example_inputs)
-        except Exception as error:  # whatever forward raises
-            raise ValueError(
-                f"expected example_inputs that forward takes, but it raises {type(error).__name__}: {error}"
-            ) from error
-
-
-def _size(node: fx.Node) -> tuple[torch.Size, torch.dtype] | None:
-    noted = node.meta.get("tensor_meta")
-    return (noted.shape, noted.dtype) if isinstance(noted, TensorMetadata) else None
-
-
-def _norm(fused: fx.GraphModule, node: fx.Node) -> nn.Module | None:
-    """The batch norm that a node calls, torch's or ours, if it is not a subclass of either."""
-    if node.op != "call_module":
-        return None
-    module = fused.get_submodule(str(node.target))
-    return module if type(module) in _KINDS else None
-
-
-def _sharing(original: nn.Module) -> FusedBatchNorm:
-    """Our layer with the parameters, buffers, hooks and mode of a layer."""
-    layer = original.__new__(type(original))
-    layer.__dict__.update(
+def _sharing(original: nn.Module) -> nn.Module:
+    """Another module with the parameters, buffers, children, hooks and mode of a module."""
+    twin = original.__new__(type(original))
+    twin.__dict__.update(
         {
             key: copy.copy(value) if isinstance(value, dict) else value
             for key, value in original.__dict__.items()
         }
     )
-    return cast(FusedBatchNorm, convert(layer))
-
-
-def _only_reader(node: fx.Node) -> fx.Node | None:
-    return next(iter(node.users)) if len(node.users) == 1 else None
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    return any(getattr(module, kind) for kind in _HOOKS)
-
-
-def _between(first: fx.Node, last: fx.Node) -> Iterator[fx.Node]:
-    node = first.next
-    while node is not last:
-        yield node
-        node = node.next
-
-
-def _writes(fused: fx.GraphModule, node: fx.Node) -> bool:
-    """Whether a node may write to memory that is not its own: by torch's names."""
-    if node.op == "call_module":
-        return bool(getattr(fused.get_submodule(str(node.target)), "inplace", False))
-    if node.op not in ("call_function", "call_method"):
-        return False
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    in_place_operators = name.startswith("i") and getattr(operator, f"__{name}__", None) is node.target
-    return (
-        name.endswith("_")
-        or in_place_operators
-        or node.target is operator.setitem
-        or "out" in node.kwargs
-        or bool(node.kwargs.get("inplace", False))
-    )
+    return twin

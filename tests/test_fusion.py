@@ -164,6 +164,17 @@ def test_methods_and_keywords(name: str) -> None:
     torch.testing.assert_close(step(fused, images()), step(network, images()), **CLOSE)
 
 
+def test_identities_stand_in_nobodys_way() -> None:
+    def forward(net: Net, x: torch.Tensor) -> torch.Tensor:
+        return net.rest(net.f(net.drop(net.norm(x)) + net.rest(x)))
+
+    parts = {"norm": nn.BatchNorm2d(3), "f": nn.ReLU(), "drop": nn.Identity(), "rest": nn.Identity()}
+    network = Net(forward, **parts).double()
+    fused = bnext.fuse(network, images())
+    assert counts(fused) == {"norm+add+relu": 1}
+    torch.testing.assert_close(step(fused, images()), step(network, images()), **CLOSE)
+
+
 def test_compiles_copies_and_loads(fresh_compiler: None) -> None:
     fused = bnext.fuse(make(NETWORKS["torchvision"]), images())
     expected = step(copy.deepcopy(fused), images())

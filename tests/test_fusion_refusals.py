@@ -124,31 +124,6 @@ def test_what_stays(name: str) -> None:
     torch.testing.assert_close(step(fused, images()), step(plain, images()), **CLOSE)
 
 
-def branches(net: Net, x: Tensor) -> Tensor:
-    return net.norm(x) if x.sum() > 0 else x
-
-
-def drops(net: Net, x: Tensor) -> Tensor:
-    return F.dropout(F.relu(net.norm(x)), 0.5, net.training)
-
-
-@pytest.mark.parametrize(
-    ("function", "message"),
-    [
-        (branches, "expected a forward that torch.fx can trace, but that of Net raises TraceError"),
-        (drops, "expected a forward that is the same in training and in eval .* that of Net is not"),
-    ],
-)
-@pytest.mark.parametrize("training", [True, False])
-def test_what_cannot_be_fused(
-    function: Callable[[Net, Tensor], Tensor], message: str, training: bool
-) -> None:
-    network = Net(function, norm=norm()).train(training)
-    with pytest.raises(ValueError, match=message):
-        bnext.fuse(network, images())
-    assert all(module.training == training for module in network.modules())
-
-
 def test_an_example_that_does_not_fit() -> None:
     network = Net(lambda net, x: F.relu(net.norm(x)), norm=norm())
     with pytest.raises(ValueError, match="expected example_inputs that forward takes, but it raises"):
