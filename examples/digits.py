@@ -1,7 +1,8 @@
 """A small convolutional network on real images, trained with our batch norm and with torch's from one seed.
 
-The images are scikit-learn's bundled handwritten digits: 1,797 of them, 8x8 pixels, ten classes. The exit code is 1
-where our network recognizes fewer than 98 % of the test images.
+Ours twice: the layer in place of torch's, and torch's network after bnext.fuse, which draws the activations in. The
+images are scikit-learn's bundled handwritten digits: 1,797 of them, 8x8 pixels, ten classes. The exit code is 1 where
+one of ours recognizes fewer than 98 % of the test images.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import argparse
 import statistics
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from sklearn.datasets import load_digits
@@ -34,7 +35,7 @@ def load() -> tuple[Split, Split]:
     return (images[chosen], labels[chosen]), (images[held_out], labels[held_out])
 
 
-def network(layer: type[nn.BatchNorm2d]) -> nn.Sequential:
+def network(layer: type[nn.BatchNorm2d]) -> nn.Module:
     """Three convolutions with batch norm on 8x8, 8x8 and 4x4 pixels, then a linear classifier."""
 
     def block(inputs: int, outputs: int) -> tuple[nn.Module, ...]:
@@ -51,15 +52,22 @@ def network(layer: type[nn.BatchNorm2d]) -> nn.Sequential:
     )
 
 
+NETWORKS: dict[str, Callable[[], nn.Module]] = {
+    "bnext": lambda: network(bnext.BatchNorm2d),
+    "fused": lambda: bnext.fuse(network(nn.BatchNorm2d), torch.empty(1, 1, 8, 8)),
+    "torch": lambda: network(nn.BatchNorm2d),
+}
+
+
 class Trainer:
     """One network with its optimizer; the order of the batches depends on the seed alone."""
 
-    def __init__(self, layer: type[nn.BatchNorm2d], options: argparse.Namespace) -> None:
+    def __init__(self, make: Callable[[], nn.Module], options: argparse.Namespace) -> None:
         torch.manual_seed(options.seed)
         self.memory_format = torch.channels_last if options.channels_last else torch.contiguous_format
         self.dtype = getattr(torch, options.dtype)
         self.batch_size = options.batch_size
-        self.model = network(layer).to(memory_format=self.memory_format)
+        self.model = make().to(memory_format=self.memory_format)
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=2e-3)
         self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, options.epochs)
         self.generator = torch.Generator().manual_seed(options.seed)
@@ -115,9 +123,9 @@ def main() -> int:
         parser.error("--epochs and --batch-size must be at least 1")
 
     training, test = load()
-    trainers = {"bnext": Trainer(bnext.BatchNorm2d, options), "torch": Trainer(nn.BatchNorm2d, options)}
+    trainers = {name: Trainer(make, options) for name, make in NETWORKS.items()}
     with tqdm(total=options.epochs, unit="epoch") as bar:
-        for _ in range(options.epochs):  # in turn, so that whatever else the machine does hits both
+        for _ in range(options.epochs):  # in turn, so that whatever else the machine does hits all
             losses = {name: trainer.epoch(training) for name, trainer in trainers.items()}
             bar.set_postfix({f"{name} loss": f"{loss:.4f}" for name, loss in losses.items()})
             bar.update()
@@ -127,10 +135,10 @@ def main() -> int:
     print(f"{'':8}{'test accuracy':>15}{'time per epoch':>18}")
     for name, trainer in trainers.items():
         print(f"{name:8}{accuracies[name]:15.2%}{statistics.median(trainer.seconds) * 1e3:15.0f} ms")
-    if accuracies["bnext"] < REQUIRED_ACCURACY:
-        print(f"bnext's network is below {REQUIRED_ACCURACY:.0%}")
-        return 1
-    return 0
+    missed = [name for name in ("bnext", "fused") if accuracies[name] < REQUIRED_ACCURACY]
+    for name in missed:
+        print(f"{name} is below {REQUIRED_ACCURACY:.0%}")
+    return 1 if missed else 0
 
 
 if __name__ == "__main__":
