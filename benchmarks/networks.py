@@ -44,8 +44,8 @@ IMPLEMENTATIONS: dict[str, Callable[[nn.Module, Tensor], nn.Module]] = {
     "torch": lambda network, x: network,
     "compile": lambda network, x: torch.compile(network),
     "convert": lambda network, x: bnext.convert(network),
-    "fuse": lambda network, x: bnext.fuse(network, x),
-    "fuse_compile": lambda network, x: torch.compile(bnext.fuse(network, x)),
+    "fuse": lambda network, x: bnext.fuse(network, x[:2]),
+    "fuse_compile": lambda network, x: torch.compile(bnext.fuse(network, x[:2])),
 }
 PEERS = ("torch", "compile")
 # Error of the gradient relative to torch's, as Euclidean norms: wrong results are to be caught. Fifty layers enlarge a
@@ -148,7 +148,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="benchmarks.networks", description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--network", choices=KINDS, default="resnet50")
-    add("--batch", type=int, default=32, help="images of a step (default: 32)")
+    add("--batch", type=int, default=32, help="images of a step, 2 at least (default: 32)")
     add("--image", type=int, default=224, help="pixels of their side (default: 224)")
     add("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES), help="bfloat16: autocast")
     add("--layout", nargs="+", choices=LAYOUTS, default=list(LAYOUTS))
@@ -157,8 +157,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--threads", type=int, help="default: torch's")
     add("--json", type=Path, metavar="FILE", help="keep every round")
     options = parser.parse_args(arguments)
-    if min(options.batch, options.rounds, options.threads or 1) < 1 or options.image < 32:
-        parser.error("--batch, --rounds and --threads must be at least 1, --image at least 32")
+    if min(options.batch - 1, options.rounds, options.threads or 1) < 1 or options.image < 32:
+        parser.error("--rounds and --threads must be at least 1, --batch at least 2, --image at least 32")
     if options.threads:
         torch.set_num_threads(options.threads)
 

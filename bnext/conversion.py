@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import TypeVar
 
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
-from .modules import BatchNorm1d, BatchNorm2d, BatchNorm3d
+from .fused_forward import FusedForward
+from .modules import BatchNorm1d, BatchNorm2d, BatchNorm3d, FusedBatchNorm
 from .torch_activations import to_module
+from .tracing import has_hooks
 
 __all__ = ["OURS", "NormActivation", "convert", "restore"]
 
@@ -17,8 +19,12 @@ OURS: dict[type[nn.Module], type[nn.Module]] = {
     nn.BatchNorm3d: BatchNorm3d,
 }
 _TORCHS = {ours: theirs for theirs, ours in OURS.items()}
-FUSED = "made by bnext.fuse"  # key in the meta of a GraphModule
-_NEW = ("unbiased_running_var", "activation", "activation_param", "inplace")  # attributes that torch's lack
+OUR_ATTRIBUTES = {  # that torch's layers lack
+    "unbiased_running_var": True,
+    "activation": None,
+    "activation_param": None,
+    "inplace": False,
+}
 
 Network = TypeVar("Network", bound=nn.Module)
 
@@ -36,12 +42,21 @@ def convert(module: Network) -> Network:
 
     Returns:
         The same module.
+
+    Raises:
+        ValueError: one of torch's layers has an attribute or a child that somebody gave it and that would mean
+            something to ours; nothing has changed then.
     """
-    for layer in module.modules():
-        ours = OURS.get(type(layer))
-        if ours is not None:
-            layer.__class__ = ours
-            layer.__setstate__(layer.__dict__)  # sets what torch's has not
+    layers = {name: layer for name, layer in module.named_modules() if type(layer) in OURS}
+    for name, layer in layers.items():
+        for attribute in OUR_ATTRIBUTES:
+            if hasattr(layer, attribute):
+                raise ValueError(
+                    f"expected no attribute {attribute} of torch's layer '{name}', but it has one"
+                )
+    for layer in layers.values():
+        layer.__class__ = OURS[type(layer)]
+        vars(layer).update(OUR_ATTRIBUTES)
     return module
 
 
@@ -70,8 +85,10 @@ def restore(module: nn.Module) -> nn.Module:
     """Makes every one of our layers in a module torch's again, for what knows torch's alone.
 
     Exporters, ``nn.utils.fuse_conv_bn_eval``, quantization and ``nn.SyncBatchNorm.convert_sync_batchnorm`` go by the
-    class and would drop an activation in silence. A layer without activation stays the same object. One with an
-    activation becomes ``norm`` in a :class:`NormActivation`, so that keys of its state dict gain ``.norm``.
+    class and would drop an activation in silence. A layer without activation stays the same object; if it is called
+    with a residual it then raises TypeError, as torch's do. One with an activation becomes ``norm`` in a
+    :class:`NormActivation`, which takes a residual too, so that keys of its state dict gain ``.norm``. What had
+    ``inplace=True`` no longer writes to its input.
 
     Args:
         module: any module, not one that :func:`bnext.fuse` gave: the one that was fused is still there, and shares its
@@ -81,25 +98,31 @@ def restore(module: nn.Module) -> nn.Module:
         The same module, or what stands for it where it is itself a layer with an activation.
 
     Raises:
-        ValueError: a layer with ``unbiased_running_var=False``, which torch cannot do; nothing has changed then. A
-            module that came from :func:`bnext.fuse`.
+        ValueError: a layer with ``unbiased_running_var=False``, which torch cannot do; one of a subclass of ours, or
+            parametrized; one with an activation and hooks, for there is no call left that both belong to; a module that
+            came from :func:`bnext.fuse`. Nothing has changed then.
     """
-    if any(isinstance(part, fx.GraphModule) and FUSED in part.meta for part in module.modules()):
+    if any(isinstance(part, FusedForward) for part in module.modules()):
         raise ValueError(
             "expected a module that bnext.fuse has not made, but got one that it has: the module that was fused "
             "is still as it was and shares parameters and buffers with it; restore that"
         )
-    layers = {name: layer for name, layer in module.named_modules() if type(layer) in _TORCHS}
+    layers = {name: layer for name, layer in module.named_modules() if isinstance(layer, FusedBatchNorm)}
     for name, layer in layers.items():
+        if type(layer) not in _TORCHS:
+            raise ValueError(f"expected layers of bnext's classes, but '{name}' is a {type(layer).__name__}")
         if not layer.unbiased_running_var:
             raise ValueError(
                 f"expected unbiased_running_var=True, as torch's layers have it, but got False in '{name}'"
             )
-    stand_ins = {}
+        if layer.activation is not None and has_hooks(layer):
+            raise ValueError(f"expected no hooks on a layer with an activation, but '{name}' has some")
+    stand_ins: dict[nn.Module, nn.Module] = {}
     for layer in layers.values():
         activation, parameter = layer.activation, layer.activation_param
-        layer.__class__ = _TORCHS[type(layer)]
-        for attribute in _NEW:
+        as_torch_has_it: nn.Module = layer
+        as_torch_has_it.__class__ = _TORCHS[type(layer)]
+        for attribute in OUR_ATTRIBUTES:
             delattr(layer, attribute)
         if activation is not None:
             stand_ins[layer] = NormActivation(layer, to_module(activation, parameter))

@@ -4,33 +4,27 @@ from __future__ import annotations
 
 import copy
 from contextlib import suppress
-from typing import Any, cast
+from itertools import chain
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
-from torch._subclasses import fake_tensor
 from torch.fx.passes.shape_prop import ShapeProp
 from torch.utils._pytree import tree_map_only
 
 from .conversion import convert
-from .fused_graph import NORMS, fuse_graph
-from .modules import FusedBatchNorm
-from .tracing import has_norm, mode, trace
+from .equality import Behaviour
+from .fused_forward import FusedForward, set_forward
+from .fused_graph import fuse_graph
+from .tracing import has_norm, trace
 
 __all__ = ["fuse"]
 
-# Where a forward asks for the values of a tensor, which a fake one has not.
-_NEEDS_VALUES = (
-    fake_tensor.DataDependentOutputException,
-    fake_tensor.DynamicOutputShapeException,
-    fake_tensor.UnsupportedFakeTensorException,
-    fake_tensor.UnsupportedOperatorException,
-)
-
-_Calls = dict[nn.Module, list[tuple[Any, ...] | None]]  # the arguments of each call, None if some had names
+Network = TypeVar("Network", bound=nn.Module)
+_Inputs = dict[str, tuple[Any, ...]]  # of the modules with batch norms, by name
 
 
-def fuse(module: nn.Module, *example_inputs: Any) -> nn.Module:
+def fuse(module: Network, *example_inputs: Any) -> Network:
     """A network in which each batch norm computes the addition and the activation that follow it as well.
 
     ``relu(bn(x))`` and ``relu(bn(x) + identity)``, however they are written (modules, functions, methods, in place),
@@ -38,107 +32,125 @@ def fuse(module: nn.Module, *example_inputs: Any) -> nn.Module:
     same stays: a batch norm whose output something else reads too, that is called twice or has hooks; an addition of
     another size or dtype; one across a write to memory.
 
-    The result shares parameters and buffers with `module`, which stays as it is: training one trains both, until
-    ``.to`` gives one of them other buffers. Names in the state dict are the same.
+    The result is a copy that shares parameters and buffers: training one trains both, until ``.to`` gives one of them
+    other buffers. `module` stays as it is. Classes, attributes, methods, hooks and names are the same in the copy. What
+    torch.fx can trace has the forward of the traced graph, and what Python decided while it was traced is decided for
+    good: attributes that forward asks for, and the number of dimensions. Where a module cannot be traced, does
+    something else in training than in eval, or does anything that a graph does not keep, its own forward stays and the
+    modules in it are fused one by one.
 
-    What torch.fx can trace, and is called once, becomes a :class:`torch.fx.GraphModule`: it has forward alone of the
-    class's methods, and parameters that forward does not use are left out. What it cannot, or what is another forward
-    in training than in eval, for a graph is one of them, stays a module of its class; the modules in it are fused one
-    by one.
+    Every graph is tried before it is taken: copies of the module and of the fused one compute a training and an eval
+    step of the example, in float64 where forward works in it, and have to agree in outputs, gradients and buffers.
 
     Args:
         module: any module.
-        example_inputs: what forward takes. Sizes and dtypes are read, nothing is computed: they decide which additions
-            are of equal tensors. Under autocast call this under autocast too.
+        example_inputs: what forward takes, with values as in training and more than one value per channel
+            everywhere. Four steps of it are computed, so that a few small images do. Where tensors that are added are
+            equal in size here they have to be so always. Under autocast call this under autocast too.
 
     Returns:
-        The fused network, in the mode of `module`.
+        The fused network, of a subclass of its class, in the mode of `module`.
 
     Raises:
-        ValueError: forward does not take the example, or does more with a module in it than call it.
+        ValueError: forward does not work with the example, or not with fused modules in it; something is hooked into
+            all modules, or a module was given another forward.
     """
-    fake = fake_tensor.FakeTensorMode(allow_non_fake_inputs=True)
-    calls: _Calls = {}
+    if any(vars(nn.modules.module)[kind] for kind in _GLOBAL_HOOKS):
+        raise ValueError("expected no global module hooks, which see the calls that are fused")
+    for name, part in module.named_modules():
+        if "forward" in vars(part):  # it may well be bound to this one, and a copy would run it
+            raise ValueError(
+                f"expected modules with the forward of their class, but '{name}' was given another one"
+            )
     try:
-        _run(fake, module, example_inputs, calls)
-    except Exception as error:  # whatever forward raises
+        behaviour, inputs = Behaviour(module, example_inputs), _inputs(module, example_inputs)
+        fused = _sharing(module)
+    except Exception as error:  # whatever forward or a copy raises
         raise ValueError(
-            f"expected example_inputs that forward takes, but it raises {type(error).__name__}: {error}"
+            "expected a module that can be copied and example_inputs of which it can compute a training step, "
+            f"but that of {type(module).__name__} raises {type(error).__name__}: {error}"
         ) from error
-    fused = _Fusion(fake, calls).of(module)
-    try:
-        _run(fake, fused, example_inputs, {})
-    except Exception as error:
+    if _fuse_whole(fused, behaviour):
+        return fused
+    _fuse_parts(fused, "", inputs)
+    difference = behaviour.difference(fused)
+    if difference is not None:
         raise ValueError(
-            "expected a forward that does no more with the modules in it than call them, but with fused ones "
-            f"that of {type(module).__name__} raises {type(error).__name__}: {error}; fuse its blocks one by one"
-        ) from error
+            f"expected a {type(module).__name__} that computes the same with fused modules, but {difference}; "
+            "fuse those of its blocks that do"
+        )
     return fused
 
 
-class _Fusion:
-    """Of the modules of one network; each has one twin, however often it is in it."""
-
-    def __init__(self, fake: fake_tensor.FakeTensorMode, calls: _Calls) -> None:
-        self.fake = fake
-        # Called once and by position: only of these is it known that what the graph says is all that happens.
-        self.inputs = {
-            called: found[0] for called, found in calls.items() if len(found) == 1 and found[0] is not None
-        }
-        self.twins: dict[nn.Module, nn.Module] = {}
-
-    def of(self, module: nn.Module) -> nn.Module:
-        if module not in self.twins:
-            self.twins[module] = self._twin(module)
-        return self.twins[module]
-
-    def _twin(self, module: nn.Module) -> nn.Module:
-        if type(module) in NORMS:
-            return convert(_sharing(module))
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) or not has_norm(module):
-            return module
-        graph = trace(module) if module in self.inputs else None
-        if graph is not None:
-            fused = fx.GraphModule(module, graph, type(module).__name__)
-            with mode(fused, training=False):
-                ShapeProp(fused, fake_mode=self.fake).propagate(*self.inputs[module])
-            fuse_graph(
-                fused, lambda norm: cast(FusedBatchNorm, self.of(norm)), lambda norm: norm in self.inputs
-            )
-            return fused
-        twin = _sharing(module)
-        for name, child in module._modules.items():
-            twin._modules[name] = None if child is None else self.of(child)
-        return twin
+_GLOBAL_HOOKS = [
+    name for name in vars(nn.modules.module) if name.startswith("_global_") and name.endswith("_hooks")
+]
 
 
-def _run(
-    fake: fake_tensor.FakeTensorMode, module: nn.Module, example_inputs: tuple[Any, ...], calls: _Calls
-) -> None:
-    """Calls a copy in eval, of fake tensors all, and notes the calls that end of modules with batch norms."""
-    with fake_tensor.FakeCopyMode(fake):
-        stand_in = copy.deepcopy(module)
-    for original, part in zip(module.modules(), stand_in.modules(), strict=True):
-
-        def note(
-            _: Any, args: tuple[Any, ...], kwargs: dict[str, Any], y: Any, of: nn.Module = original
-        ) -> None:
-            calls.setdefault(of, []).append(None if kwargs else args)
-
-        if has_norm(original):
-            part.register_forward_hook(note, with_kwargs=True)
-    # Where a value is asked for, what has ended until then is known.
-    with mode(stand_in, training=False), torch.no_grad(), suppress(*_NEEDS_VALUES), fake:
-        stand_in(*tree_map_only(Tensor, fake.from_tensor, example_inputs))
+def _fuse_parts(module: nn.Module, name: str, inputs: _Inputs) -> None:
+    """In place: each child as one graph if it can be, and if not the modules in it."""
+    if isinstance(module, nn.modules.batchnorm._BatchNorm):
+        convert(module)
+    for child_name, child in module.named_children():
+        path = f"{name}.{child_name}" if name else child_name
+        if isinstance(child, FusedForward) or not has_norm(child):
+            continue
+        fused = False
+        if path in inputs and not isinstance(child, nn.modules.batchnorm._BatchNorm):
+            with suppress(Exception):  # it may need the network around it
+                fused = _fuse_whole(child, Behaviour(child, inputs[path]))
+        if not fused:
+            _fuse_parts(child, path, inputs)
 
 
-def _sharing(original: nn.Module) -> nn.Module:
-    """Another module with the parameters, buffers, children, hooks and mode of a module."""
-    twin = original.__new__(type(original))
-    twin.__dict__.update(
-        {
-            key: copy.copy(value) if isinstance(value, dict) else value
-            for key, value in original.__dict__.items()
-        }
+def _fuse_whole(module: nn.Module, behaviour: Behaviour) -> bool:
+    """In place: the module as one graph, if it then does the same."""
+    inputs = behaviour.inputs
+    if not has_norm(module) or not all(isinstance(x, Tensor) for x in inputs):
+        return False
+    graph = trace(module, len(inputs))
+    if graph is None:
+        return False
+    try:
+        sized = fx.GraphModule(copy.deepcopy(module).eval(), graph)
+        with torch.no_grad():
+            ShapeProp(sized).propagate(*map(torch.clone, inputs))
+        trial = convert(_sharing(module))
+        if fuse_graph(graph, trial):
+            set_forward(trial, graph)
+        if behaviour.difference(trial) is not None:
+            return False
+    except Exception:  # whatever a graph raises that is not what forward does
+        return False
+    for layer, tried in zip(convert(module).modules(), trial.modules(), strict=True):
+        layer.__class__ = tried.__class__
+        layer.__dict__.update({key: tried.__dict__[key] for key in _DRAWN if key in tried.__dict__})
+    return True
+
+
+_DRAWN = ("activation", "activation_param")
+
+
+def _inputs(module: nn.Module, example_inputs: tuple[Any, ...]) -> _Inputs:
+    """What each module is called with by position the first time, in training."""
+    found: _Inputs = {}
+    work = copy.deepcopy(module).train()
+    for name, part in work.named_modules():
+
+        def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], name: str = name) -> None:
+            if not kwargs:
+                found.setdefault(name, tree_map_only(Tensor, lambda x: x.detach().clone(), args))
+
+        if has_norm(part):
+            part.register_forward_pre_hook(note, with_kwargs=True)
+    with torch.no_grad(), torch.random.fork_rng():
+        work(*tree_map_only(Tensor, torch.clone, example_inputs))
+    return found
+
+
+def _sharing(module: Network) -> Network:
+    """A copy with the same tensors: parameters, buffers, and what else it holds of them."""
+    held = (
+        tensor for part in module.modules() for tensor in vars(part).values() if isinstance(tensor, Tensor)
     )
-    return twin
+    return copy.deepcopy(module, {id(t): t for t in chain(module.parameters(), module.buffers(), held)})

@@ -1,16 +1,19 @@
-"""The graph of a module's forward, once it is known to be the same in training and in eval."""
+"""The graph of a module's forward, if it is all that forward does, in training as in eval."""
 
 from __future__ import annotations
 
+import copy
+import inspect
 import operator
-import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import fx, nn
 
-__all__ = ["has_norm", "mode", "trace"]
+__all__ = ["has_hooks", "has_norm", "trace"]
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def has_norm(module: nn.Module) -> bool:
@@ -18,36 +21,39 @@ def has_norm(module: nn.Module) -> bool:
     return any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in module.modules())
 
 
-@contextmanager
-def mode(module: nn.Module, training: bool) -> Iterator[None]:
-    """Training or eval for a while, as the module itself understands it."""
-    before = {part: part.training for part in module.modules()}
-    try:
-        module.train(training)
-        yield
-    finally:
-        for part, was in before.items():
-            part.training = was
+def has_hooks(module: nn.Module) -> bool:
+    """Whether something else happens when it is called."""
+    return any(getattr(module, kind) for kind in _HOOKS)
 
 
-def trace(module: nn.Module) -> fx.Graph | None:
-    """None where forward cannot be traced, or is another one in training than in eval, for a trace keeps one of them.
+def trace(module: nn.Module, inputs: int) -> fx.Graph | None:
+    """The graph of forward called with so many tensors, by position.
 
-    If so, modules without a batch norm are not looked into the second time: what they do is nobody's concern here.
+    None where torch.fx cannot trace it, where it is another one in training than in eval, and where a graph could not
+    say what forward does: it takes more than these tensors, makes tensors of its own, or computes some of them under
+    another grad or autocast mode. Modules without a batch norm are looked into at first, and not the second time.
     """
-    for tracer in (_Tracer(), _ShallowTracer()):
+    if "forward" in vars(module) or not _takes(module, inputs):
+        return None
+    known = {name for name, _ in [*module.named_parameters(remove_duplicate=False)]}
+    known |= {name for name, _ in [*module.named_buffers(remove_duplicate=False)]}
+    for tracer in (_Tracer, _ShallowTracer):
         try:
-            graphs = []
-            for training in (True, False):
-                with mode(module, training):
-                    graphs.append(tracer.trace(module))
+            training, evaluating = (
+                tracer().trace(copy.deepcopy(module).train(training)) for training in (True, False)
+            )
         except Exception:  # whatever a forward raises when it meets a proxy
             continue
-        # Tensors that forward makes are given a number in each trace.
-        first, second = (re.sub(r"_tensor_constant\d+", "", str(graph)) for graph in graphs)
-        if first == second:
-            return graphs[0]
+        constants = {str(node.target) for node in training.nodes if node.op == "get_attr"} - known
+        if str(training) == str(evaluating) and not constants:
+            return training
     return None
+
+
+def _takes(module: nn.Module, inputs: int) -> bool:
+    parameters = [*inspect.signature(module.forward).parameters.values()]
+    by_position = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return len(parameters) == inputs and all(parameter.kind in by_position for parameter in parameters)
 
 
 class _Proxy(fx.Proxy):
@@ -62,16 +68,40 @@ for _name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "
     setattr(_Proxy, f"__{_name}__", _recorded(getattr(operator, _name)))
 
 
+def _modes() -> tuple[bool, ...]:
+    return (
+        torch.is_grad_enabled(),
+        torch.is_inference_mode_enabled(),
+        torch.is_autocast_enabled("cpu"),
+        torch.is_autocast_enabled("cuda"),
+    )
+
+
 class _Tracer(fx.Tracer):
-    """Batch norms, ours too, are calls of modules in the graph."""
+    """Batch norms, ours too, are calls of modules in the graph, and so is whatever has hooks."""
+
+    proxy_buffer_attributes = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._modes = _modes()
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, nn.modules.batchnorm._BatchNorm) or super().is_leaf_module(
-            m, module_qualified_name
-        )
+        if isinstance(m, nn.modules.batchnorm._BatchNorm):
+            return True
+        if has_hooks(m):
+            if has_norm(m):
+                raise ValueError(f"hooks on {module_qualified_name}, which a graph would pass by")
+            return True
+        return super().is_leaf_module(m, module_qualified_name)
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _Proxy(node, self)
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        if _modes() != self._modes:
+            raise ValueError("another grad or autocast mode, which a graph does not keep")
+        return super().create_node(*args, **kwargs)
 
 
 class _ShallowTracer(_Tracer):

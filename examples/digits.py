@@ -54,7 +54,7 @@ def network(layer: type[nn.BatchNorm2d]) -> nn.Module:
 
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "bnext": lambda: network(bnext.BatchNorm2d),
-    "fused": lambda: bnext.fuse(network(nn.BatchNorm2d), torch.empty(1, 1, 8, 8)),
+    "fused": lambda: bnext.fuse(network(nn.BatchNorm2d), torch.rand(4, 1, 8, 8)),
     "torch": lambda: network(nn.BatchNorm2d),
 }
 

@@ -9,10 +9,13 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from torch import fx, nn
+from torch import nn
 from torch.nn import functional as F
 
 import bnext
+from bnext.fused_forward import FusedForward
+from bnext.modules import FusedBatchNorm
+from bnext.tracing import trace
 from cases import ACTIVE, Active
 from networks import NETWORKS, BasicBlock, Net, images, make, stack, step
 from test_activation_layers import fresh_compiler
@@ -26,13 +29,15 @@ CLOSE = {"rtol": 1e-9, "atol": 1e-9}
 every_network = pytest.mark.parametrize("network", NETWORKS.values(), ids=NETWORKS.keys())
 
 
-def counts(network: fx.GraphModule) -> dict[str, int]:
-    """Of what stands in a fused network's graph."""
+def counts(network: nn.Module) -> dict[str, int]:
+    """Of what a fused network of one input calls, by the graph of its forward."""
+    graph = trace(network, 1)
+    assert graph is not None
     found: Counter[str] = Counter()
-    for node in network.graph.nodes:
+    for node in graph.nodes:
         if node.op == "call_module":
             layer = network.get_submodule(node.target)
-            if isinstance(layer, bnext.BatchNorm2d):
+            if isinstance(layer, FusedBatchNorm):
                 found[
                     "norm" + "+add" * (len(node.args) == 2) + f"+{layer.activation}" * bool(layer.activation)
                 ] += 1
@@ -75,7 +80,7 @@ def test_the_original_stays_and_shares(network: Callable[[], nn.Module]) -> None
     original = make(network).eval()
     before, types = copy.deepcopy(original), [type(module) for module in original.modules()]
     fused = bnext.fuse(original, images())
-    assert not fused.training
+    assert not fused.training and isinstance(fused, FusedForward) and isinstance(fused, type(original))
     assert [type(module) for module in original.modules()] == types
     assert all(not module.training for module in original.modules())
     torch.testing.assert_close(original.state_dict(), before.state_dict(), rtol=0, atol=0)
@@ -182,6 +187,7 @@ def test_compiles_copies_and_loads(fresh_compiler: None) -> None:
     torch.save(fused, buffer)
     buffer.seek(0)
     loaded = torch.load(buffer, weights_only=False)
+    assert isinstance(loaded, FusedForward) and isinstance(loaded, nn.Sequential)
     compiled = torch.compile(copy.deepcopy(fused), fullgraph=True, backend="aot_eager")
     found = {name.removeprefix("_orig_mod."): value for name, value in step(compiled, images()).items()}
     torch.testing.assert_close(found, expected, **CLOSE)
@@ -192,7 +198,7 @@ def test_blocks_one_by_one() -> None:
     plain = make(lambda: stack(BasicBlock(4, 4), BasicBlock(4, 4)))
     fused = copy.deepcopy(plain)
     for place in (3, 4):
-        fused[place] = bnext.fuse(fused[place], torch.empty(1, 4, 8, 10, dtype=torch.float64))
+        fused[place] = bnext.fuse(fused[place], torch.randn(2, 4, 8, 10, dtype=torch.float64))
     torch.testing.assert_close(step(fused, images()), step(plain, images()), **CLOSE)
     assert plain.state_dict().keys() == fused.state_dict().keys()
 

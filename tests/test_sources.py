@@ -1,7 +1,7 @@
 """The house rules that a reader relies on, read off the sources: who may include whom, how files begin and end.
 
-    bnext/   fusion -> fused_graph -> conversion -> modules -> functional -> the operators
-             (reference stands beside them and knows NumPy only; tracing, torch_activations know torch only)
+    bnext/   fusion -> fused_graph, equality -> conversion -> modules -> functional -> the operators
+             (reference stands beside them and knows NumPy only; tracing, fused_forward, torch_activations torch only)
     csrc/    library -> direct_call, autograd, nodes, double_backward, ops, calls, checks (tensors) -> engine (devices)
                      -> cpu/, cuda/ (loops) -> plan, plan_cuda, dispatch, formulas, args, storage (plain)
 
@@ -193,10 +193,12 @@ LOWER: dict[str, set[str]] = {
     "reference_activations.py": {".reference"},
     "functional.py": {"._C"},
     "memory.py": {"._C"},
-    "fusion.py": {".conversion", ".fused_graph", ".modules", ".tracing"},
-    "fused_graph.py": {".conversion", ".modules", ".torch_activations"},
+    "fusion.py": {".conversion", ".equality", ".fused_forward", ".fused_graph", ".tracing"},
+    "equality.py": {".conversion"},
+    "fused_graph.py": {".modules", ".torch_activations", ".tracing"},
+    "conversion.py": {".fused_forward", ".modules", ".torch_activations", ".tracing"},
+    "fused_forward.py": set(),
     "tracing.py": set(),
-    "conversion.py": {".modules", ".torch_activations"},
     "torch_activations.py": set(),
     "modules.py": {".functional"},
 }

@@ -1,0 +1,129 @@
+"""Whether two modules compute the same: tried, in training and in eval, with gradients and running statistics."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_map_only
+
+from .conversion import OUR_ATTRIBUTES
+
+__all__ = ["Behaviour"]
+
+# Largest difference as a share of the norm of a tensor, and of the largest norm of its kind. float64: a hundred layers
+# enlarge 1e-16 by a division by a standard deviation each; a bias before a batch norm has the gradient 0 and its
+# rounding. float32, where a forward insists on it: the same of 1e-7.
+_CLOSE = {torch.float64: (1e-5, 1e-8), torch.float32: (5e-2, 1e-3)}
+_PLAIN = (bool, int, float, str)
+
+
+class Behaviour:
+    """What a module does with some inputs: as it is, in training, in eval.
+
+    It is computed by copies, in float64 unless forward does not work in it. Raises what forward raises.
+    """
+
+    def __init__(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        self.inputs = inputs
+        try:
+            self.dtype = torch.float64
+            self.found = self._of(module)
+        except Exception:
+            self.dtype = torch.float32
+            self.found = self._of(module)
+
+    def difference(self, other: nn.Module) -> str | None:
+        """Where another module does something else, in words; None if it does the same."""
+        try:
+            found = self._of(other)
+        except Exception as error:
+            return f"it raises {type(error).__name__}: {error}"
+        if found.keys() != self.found.keys():
+            only = sorted({*found} ^ {*self.found})
+            return f"one of them alone has {', '.join(only[:3])}"
+        largest: dict[str, float] = {}
+        for name, value in self.found.items():
+            if isinstance(value, Tensor) and _inexact(value):
+                kind = name.rpartition(" of ")[0]
+                largest[kind] = max(largest.get(kind, 0.0), _norm(value))
+        for name, value in self.found.items():
+            if not self._same(value, found[name], largest.get(name.rpartition(" of ")[0], 0.0)):
+                return f"{name} differs"
+        return None
+
+    def _same(self, a: Any, b: Any, largest: float) -> bool:
+        if not isinstance(a, Tensor) or not isinstance(b, Tensor):
+            return type(a) is type(b) and bool(a == b)
+        if a.shape != b.shape or a.dtype != b.dtype:
+            return False
+        if not _inexact(a):
+            return torch.equal(a, b)
+        odd = ~a.isfinite()
+        if not torch.equal(odd, ~b.isfinite()):
+            return False
+        share, floor = _CLOSE[self.dtype]
+        return _norm(a - b) <= share * _norm(a) + floor * largest
+
+    def _of(self, module: nn.Module) -> Mapping[str, Any]:
+        work = copy.deepcopy(module)
+        if self.dtype == torch.float64:
+            work.double()
+        found: dict[str, Any] = {}
+        with torch.random.fork_rng(), torch.enable_grad():
+            found |= {f"as it is, {name}": value for name, value in self._step(work)}
+            for training in (True, False):
+                work.train(training)
+                mode = "in training" if training else "in eval"
+                found |= {f"{mode}, {name}": value for name, value in self._step(work)}
+        return found
+
+    def _input(self, x: Tensor) -> Tensor:
+        x = x.detach().clone()
+        if not x.is_floating_point():
+            return x
+        return (x.double() if self.dtype == torch.float64 else x).requires_grad_()
+
+    def _step(self, work: nn.Module) -> Iterator[tuple[str, Any]]:
+        """Of forward and backward, by name."""
+        torch.manual_seed(0)
+        work.zero_grad()
+        leaves: list[Tensor] = []
+
+        def own(x: Tensor) -> Tensor:
+            leaves.append(self._input(x))
+            return leaves[-1] * 1  # a leaf may not be written over
+
+        outputs, structure = tree_flatten(work(*tree_map_only(Tensor, own, self.inputs)))
+        yield "structure of output", str(structure)
+        terms = []
+        for i, y in enumerate(outputs):
+            yield f"output of {i}", y.detach().clone() if isinstance(y, Tensor) else y
+            if isinstance(y, Tensor) and y.is_floating_point() and y.requires_grad:
+                weights = torch.linspace(-1, 2, y.numel(), dtype=y.dtype, device=y.device)
+                terms.append((y * weights.view_as(y)).sum())
+        if terms:
+            torch.autograd.backward(terms)
+        for i, leaf in enumerate(leaves):
+            if leaf.grad is not None:
+                yield f"gradient of input of {i}", leaf.grad
+        for name, parameter in work.named_parameters():
+            if parameter.grad is not None:
+                yield f"gradient of {name}", parameter.grad.clone()
+        for name, buffer in work.named_buffers():
+            yield f"buffer of {name}", buffer.clone()
+        for name, part in work.named_modules():
+            for key, value in vars(part).items():
+                if isinstance(value, _PLAIN) and key not in OUR_ATTRIBUTES:
+                    yield f"attribute of {name}.{key}", value
+
+
+def _inexact(x: Tensor) -> bool:
+    return x.is_floating_point() or x.is_complex()
+
+
+def _norm(x: Tensor) -> float:
+    return float(torch.nan_to_num(x).norm())
