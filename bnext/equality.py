@@ -16,8 +16,8 @@ __all__ = ["Behaviour"]
 
 # Largest difference as a share of the norm of a tensor, and of the largest norm of its kind. float64: a hundred layers
 # enlarge 1e-16 by a division by a standard deviation each; a bias before a batch norm has the gradient 0 and its
-# rounding. float32, where a forward insists on it: the same of 1e-7.
-_CLOSE = {torch.float64: (1e-5, 1e-8), torch.float32: (5e-2, 1e-3)}
+# rounding. The dtypes of the module, where its forward insists on them: the same of 1e-7.
+_CLOSE = {True: (1e-5, 1e-8), False: (5e-2, 1e-3)}
 _PLAIN = (bool, int, float, str)
 
 
@@ -30,11 +30,16 @@ class Behaviour:
     def __init__(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
         self.inputs = inputs
         try:
-            self.dtype = torch.float64
+            self.in_double = True
             self.found = self._of(module)
         except Exception:
-            self.dtype = torch.float32
+            self.in_double = False
             self.found = self._of(module)
+
+    @property
+    def has_nan(self) -> bool:
+        """Whether there is something in it that cannot be compared."""
+        return any(isinstance(value, Tensor) and bool(value.isnan().any()) for value in self.found.values())
 
     def difference(self, other: nn.Module) -> str | None:
         """Where another module does something else, in words; None if it does the same."""
@@ -65,12 +70,12 @@ class Behaviour:
         odd = ~a.isfinite()
         if not torch.equal(odd, ~b.isfinite()):
             return False
-        share, floor = _CLOSE[self.dtype]
+        share, floor = _CLOSE[self.in_double]
         return _norm(a - b) <= share * _norm(a) + floor * largest
 
     def _of(self, module: nn.Module) -> Mapping[str, Any]:
         work = copy.deepcopy(module)
-        if self.dtype == torch.float64:
+        if self.in_double:
             work.double()
         found: dict[str, Any] = {}
         with torch.random.fork_rng(), torch.enable_grad():
@@ -85,7 +90,7 @@ class Behaviour:
         x = x.detach().clone()
         if not x.is_floating_point():
             return x
-        return (x.double() if self.dtype == torch.float64 else x).requires_grad_()
+        return (x.double() if self.in_double else x).requires_grad_()
 
     def _step(self, work: nn.Module) -> Iterator[tuple[str, Any]]:
         """Of forward and backward, by name."""

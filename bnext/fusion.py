@@ -45,15 +45,15 @@ def fuse(module: Network, *example_inputs: Any) -> Network:
     Args:
         module: any module.
         example_inputs: what forward takes, with values as in training and more than one value per channel
-            everywhere. Four steps of it are computed, so that a few small images do. Where tensors that are added are
-            equal in size here they have to be so always. Under autocast call this under autocast too.
+            everywhere. A dozen steps of it are computed, so that a few small images do. Where tensors that are added
+            are equal in size here they have to be so always. Under autocast call this under autocast too.
 
     Returns:
         The fused network, of a subclass of its class, in the mode of `module`.
 
     Raises:
-        ValueError: forward does not work with the example, or not with fused modules in it; something is hooked into
-            all modules, or a module was given another forward.
+        ValueError: forward does not work with the example, or not with fused modules in it; the example is all zeros or
+            the like; something is hooked into all modules, or a module was given another forward.
     """
     if any(vars(nn.modules.module)[kind] for kind in _GLOBAL_HOOKS):
         raise ValueError("expected no global module hooks, which see the calls that are fused")
@@ -70,6 +70,15 @@ def fuse(module: Network, *example_inputs: Any) -> Network:
             "expected a module that can be copied and example_inputs of which it can compute a training step, "
             f"but that of {type(module).__name__} raises {type(error).__name__}: {error}"
         ) from error
+    if behaviour.has_nan or (example_inputs and all(map(_constant, example_inputs))):
+        raise ValueError(
+            "expected example_inputs that tell networks apart, but "
+            + (
+                "what comes of them has NaNs"
+                if behaviour.has_nan
+                else "every one has the same value everywhere"
+            )
+        )
     if _fuse_whole(fused, behaviour):
         return fused
     _fuse_parts(fused, "", inputs)
@@ -85,6 +94,10 @@ def fuse(module: Network, *example_inputs: Any) -> Network:
 _GLOBAL_HOOKS = [
     name for name in vars(nn.modules.module) if name.startswith("_global_") and name.endswith("_hooks")
 ]
+
+
+def _constant(x: Any) -> bool:
+    return isinstance(x, Tensor) and bool((x == x.flatten()[:1]).all())
 
 
 def _fuse_parts(module: nn.Module, name: str, inputs: _Inputs) -> None:

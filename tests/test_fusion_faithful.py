@@ -274,6 +274,21 @@ def test_under_autocast_it_is_asked_of_what_autocast_gives() -> None:
         torch.testing.assert_close(fused(x), plain(x))
 
 
+def test_autocast_in_the_forward() -> None:
+    """It does nothing in float64, where graphs are tried."""
+
+    def forward(net: Net, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            h = net.conv(x)
+        return F.relu(net.norm(h)) + net.block(x)
+
+    plain = Net(forward, norm=norm(), conv=conv(), block=nn.Sequential(conv(), norm(), nn.Sigmoid()))
+    x = images().float()
+    fused = bnext.fuse(plain, x)
+    assert fused.block[1].activation == "sigmoid"
+    torch.testing.assert_close(fused(x), plain(x))
+
+
 def test_hooks_on_all_modules_are_refused() -> None:
     hook = nn.modules.module.register_module_forward_hook(lambda module, args, y: None)
     try:

@@ -116,10 +116,12 @@ STAYS: dict[str, tuple[Callable[[], nn.Module], dict[str, int]]] = {
 
 @pytest.mark.parametrize("name", STAYS)
 def test_what_stays(name: str) -> None:
+    """And nothing else does: what follows it in the same graph is drawn in."""
     make, expected = STAYS[name]
-    plain = make().double()
+    plain = nn.Sequential(make(), norm(), nn.ReLU()).double()
     fused = bnext.fuse(copy.deepcopy(plain), images())
     found = counts(fused)
+    assert found.pop("norm+relu") == 1
     assert {key: found.get(key, 0) for key in expected} == expected
     torch.testing.assert_close(step(fused, images()), step(plain, images()), **CLOSE)
 
@@ -129,6 +131,18 @@ def test_an_example_that_does_not_fit(example: tuple[Tensor, ...]) -> None:
     network = Net(lambda net, x: F.relu(net.norm(x)), norm=norm())
     with pytest.raises(ValueError, match="expected a module that can be copied and example_inputs of which"):
         bnext.fuse(network, *example)
+
+
+@pytest.mark.parametrize(
+    ("example", "message"),
+    [(torch.zeros(2, 3, 4, 4), "the same value everywhere"), (torch.full((2, 3, 4, 4), torch.nan), "NaNs")],
+)
+def test_an_example_that_tells_nothing(example: Tensor, message: str) -> None:
+    network = Net(lambda net, x: F.relu(net.norm(x)), norm=norm())
+    with pytest.raises(
+        ValueError, match=f"expected example_inputs that tell networks apart, but .*{message}"
+    ):
+        bnext.fuse(network, example)
 
 
 OPERATIONS = {
