@@ -88,7 +88,7 @@ def trainers(options: argparse.Namespace, dtype: str, layout: str) -> list[Train
     torch.manual_seed(0)
     network = resnet(options.network).to(memory_format=LAYOUTS[layout])
     x = torch.randn(options.batch, 3, options.image, options.image).contiguous(memory_format=LAYOUTS[layout])
-    # Where every branch starts as nothing a network has gradients that mean something after 50 layers.
+    # Branches that start small leave gradients that mean something after 50 layers.
     for module in network.modules():
         last = getattr(module, "bn3", getattr(module, "bn2", None))
         if last is not None:

@@ -11,13 +11,13 @@ import torch
 from torch import fx, nn
 from torch.fx.passes.shape_prop import TensorMetadata
 
-from .modules import BatchNorm1d, BatchNorm2d, BatchNorm3d, FusedBatchNorm
+from .conversion import OURS
+from .modules import FusedBatchNorm
 from .torch_activations import Activation, of_call, of_module
 from .tracing import has_hooks
 
 __all__ = ["fuse_graph"]
 
-_LAYERS = (BatchNorm1d, BatchNorm2d, BatchNorm3d)  # these very classes, no subclass of theirs
 _ADDITIONS: set[Any] = {operator.add, operator.iadd, torch.add, "add", "add_"}
 
 
@@ -77,10 +77,9 @@ def _residual(module: nn.Module, node: fx.Node, order: dict[fx.Node, int]) -> fx
     # A parameter may have the example's batch size and no other.
     if _size(other) is None or _size(other) != _size(node) or other.op == "get_attr":
         return None
-    if left is other and reader.target not in (operator.add, torch.add, "add"):
-        written = _norm(module, other)
-        if written is None or written.inplace or _only_reader(other) is None:
-            return None  # somebody may look at it afterwards
+    writes_over_it = left is other and reader.target not in (operator.add, torch.add, "add")
+    if writes_over_it and (_norm(module, other) is None or _only_reader(other) is None):
+        return None  # somebody may look at it afterwards
     return other
 
 
@@ -96,9 +95,9 @@ def _activation(module: nn.Module, node: fx.Node) -> Activation | None:
 
 
 def _norm(module: nn.Module, node: fx.Node) -> FusedBatchNorm | None:
-    """The layer of ours that a node calls."""
+    """The layer of ours that a node calls, of one of these very classes."""
     called = module.get_submodule(str(node.target)) if node.op == "call_module" else None
-    return cast(FusedBatchNorm, called) if type(called) in _LAYERS and "forward" not in vars(called) else None
+    return cast(FusedBatchNorm, called) if type(called) in OURS.values() else None
 
 
 def _is_nothing(module: nn.Module, node: fx.Node) -> bool:
@@ -106,7 +105,7 @@ def _is_nothing(module: nn.Module, node: fx.Node) -> bool:
     if node.op != "call_module" or len(node.args) != 1 or not isinstance(node.args[0], fx.Node):
         return False
     called = module.get_submodule(str(node.target))
-    return type(called) is nn.Identity and "forward" not in vars(called) and not has_hooks(called)
+    return type(called) is nn.Identity and not has_hooks(called)
 
 
 def _size(node: fx.Node) -> tuple[torch.Size, torch.dtype] | None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from itertools import chain
 from typing import Any, TypeVar
 
@@ -62,14 +63,8 @@ def fuse(module: Network, *example_inputs: Any) -> Network:
             raise ValueError(
                 f"expected modules with the forward of their class, but '{name}' was given another one"
             )
-    try:
-        behaviour, inputs = Behaviour(module, example_inputs), _inputs(module, example_inputs)
-        fused = _sharing(module)
-    except Exception as error:  # whatever forward or a copy raises
-        raise ValueError(
-            "expected a module that can be copied and example_inputs of which it can compute a training step, "
-            f"but that of {type(module).__name__} raises {type(error).__name__}: {error}"
-        ) from error
+    with _explained(module):
+        behaviour, fused = Behaviour(module, example_inputs), _sharing(module)
     if behaviour.has_nan or (example_inputs and all(map(_constant, example_inputs))):
         raise ValueError(
             "expected example_inputs that tell networks apart, but "
@@ -81,6 +76,8 @@ def fuse(module: Network, *example_inputs: Any) -> Network:
         )
     if _fuse_whole(fused, behaviour):
         return fused
+    with _explained(module):
+        inputs = _inputs(module, example_inputs)
     _fuse_parts(fused, "", inputs)
     difference = behaviour.difference(fused)
     if difference is not None:
@@ -94,6 +91,17 @@ def fuse(module: Network, *example_inputs: Any) -> Network:
 _GLOBAL_HOOKS = [
     name for name in vars(nn.modules.module) if name.startswith("_global_") and name.endswith("_hooks")
 ]
+
+
+@contextmanager
+def _explained(module: nn.Module) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # whatever forward or a copy raises
+        raise ValueError(
+            "expected a module that can be copied and example_inputs of which it can compute a training step, "
+            f"but that of {type(module).__name__} raises {type(error).__name__}: {error}"
+        ) from error
 
 
 def _constant(x: Any) -> bool:

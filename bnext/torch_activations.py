@@ -50,7 +50,7 @@ _HARMLESS = {"input", "inplace"}
 def of_module(module: nn.Module) -> Activation | None:
     """The activation that this very class computes, None if it is none of ours."""
     name = _BY_MODULE.get(type(module))
-    if name is None or "forward" in vars(module) or getattr(module, "approximate", "none") != "none":
+    if name is None or getattr(module, "approximate", "none") != "none":
         return None
     parameter = _TABLE[name].parameter
     return Activation(name, None if parameter is None else float(getattr(module, parameter)))

@@ -33,7 +33,7 @@ def trace(module: nn.Module, inputs: int) -> fx.Graph | None:
     say what forward does: it takes more than these tensors, makes tensors of its own, or computes some of them under
     another grad or autocast mode. Modules without a batch norm are looked into at first, and not the second time.
     """
-    if "forward" in vars(module) or not _takes(module, inputs):
+    if not _takes(module, inputs):
         return None
     known = {name for name, _ in [*module.named_parameters(remove_duplicate=False)]}
     known |= {name for name, _ in [*module.named_buffers(remove_duplicate=False)]}

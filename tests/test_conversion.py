@@ -158,6 +158,36 @@ def test_what_torch_cannot_do() -> None:
     assert kinds(network) == before and network[0].activation == "relu"
 
 
+@pytest.mark.parametrize("attribute", ["activation", "activation_param", "inplace", "unbiased_running_var"])
+def test_a_layer_that_has_an_attribute_of_ours_is_not_converted(attribute: str) -> None:
+    """Somebody's own: a tag, or a child, which must not become what ours means by it."""
+    for given in ("relu", nn.ReLU()):
+        network = nn.Sequential(nn.BatchNorm2d(3), nn.BatchNorm2d(3))
+        setattr(network[1], attribute, given)
+        with pytest.raises(ValueError, match=f"expected no attribute {attribute} of torch's layer '1'"):
+            bnext.convert(network)
+        assert [type(layer) for layer in network] == [nn.BatchNorm2d, nn.BatchNorm2d]
+        assert getattr(network[1], attribute) is given
+
+
+class OfOurs(bnext.BatchNorm2d):
+    pass
+
+
+def test_what_would_lose_something_is_not_restored() -> None:
+    hooked = bnext.BatchNorm2d(3, activation="relu")
+    hooked.register_forward_hook(lambda layer, args, y: y * 2)
+    for layer, message in (
+        (hooked, "expected no hooks on a layer with an activation, but '1' has some"),
+        (OfOurs(3, activation="relu"), "expected layers of bnext's classes, but '1' is a OfOurs"),
+    ):
+        network = nn.Sequential(bnext.BatchNorm2d(3), layer)
+        before = kinds(network)
+        with pytest.raises(ValueError, match=message):
+            bnext.restore(network)
+        assert kinds(network) == before and layer.activation == "relu"
+
+
 def test_a_fused_network_is_not_restored() -> None:
     network = make(NETWORKS["torchvision"])
     fused = bnext.fuse(network, images())

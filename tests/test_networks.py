@@ -11,7 +11,7 @@ from torch import nn
 
 import bnext
 
-pytest.importorskip("rich")
+pytest.importorskip("rich", reason="rich is in the bench extra: make lint installs it")
 
 from benchmarks import networks
 from benchmarks.resnet import KINDS, resnet

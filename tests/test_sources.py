@@ -195,7 +195,7 @@ LOWER: dict[str, set[str]] = {
     "memory.py": {"._C"},
     "fusion.py": {".conversion", ".equality", ".fused_forward", ".fused_graph", ".tracing"},
     "equality.py": {".conversion"},
-    "fused_graph.py": {".modules", ".torch_activations", ".tracing"},
+    "fused_graph.py": {".conversion", ".modules", ".torch_activations", ".tracing"},
     "conversion.py": {".fused_forward", ".modules", ".torch_activations", ".tracing"},
     "fused_forward.py": set(),
     "tracing.py": set(),
