@@ -1,6 +1,7 @@
 """Batch normalization for PyTorch with hand-written kernels.
 
 - BatchNorm1d, BatchNorm2d, BatchNorm3d: drop-in replacements of torch.nn's
+- SyncBatchNorm: the statistics of all processes of a group, on any device; synchronize: in a network that exists
 - convert, fuse: a network that exists gets them, in one line; restore: the way back
 - functional.batch_norm: the function behind them
 - reference, reference_activations: the same in NumPy and float64, the specification
@@ -15,9 +16,9 @@ require_build()
 
 from . import functional, memory, reference, reference_activations
 from ._C import CudaDevice, build_info
-from .conversion import convert, restore
+from .conversion import convert, restore, synchronize
 from .fusion import fuse
-from .modules import BatchNorm1d, BatchNorm2d, BatchNorm3d
+from .modules import BatchNorm1d, BatchNorm2d, BatchNorm3d, SyncBatchNorm
 from .planning import plan
 
 __version__ = "0.1.0"
@@ -27,6 +28,7 @@ __all__ = [
     "BatchNorm2d",
     "BatchNorm3d",
     "CudaDevice",
+    "SyncBatchNorm",
     "__version__",
     "build_info",
     "convert",
@@ -37,4 +39,5 @@ __all__ = [
     "reference",
     "reference_activations",
     "restore",
+    "synchronize",
 ]

@@ -5,20 +5,22 @@ from __future__ import annotations
 from typing import TypeVar
 
 from torch import Tensor, nn
+from torch import distributed as dist
 
 from .fused_forward import FusedForward
-from .modules import BatchNorm1d, BatchNorm2d, BatchNorm3d, FusedBatchNorm
+from .modules import BatchNorm1d, BatchNorm2d, BatchNorm3d, FusedBatchNorm, SyncBatchNorm
 from .torch_activations import to_module
 from .tracing import has_hooks
 
-__all__ = ["OURS", "NormActivation", "convert", "restore"]
+__all__ = ["OURS", "NormActivation", "convert", "restore", "synchronize"]
 
 OURS: dict[type[nn.Module], type[nn.Module]] = {
     nn.BatchNorm1d: BatchNorm1d,
     nn.BatchNorm2d: BatchNorm2d,
     nn.BatchNorm3d: BatchNorm3d,
 }
-_TORCHS = {ours: theirs for theirs, ours in OURS.items()}
+_SYNCHRONIZED: dict[type[nn.Module], type[nn.Module]] = {nn.SyncBatchNorm: SyncBatchNorm}
+_TORCHS = {ours: theirs for theirs, ours in (OURS | _SYNCHRONIZED).items()}
 OUR_ATTRIBUTES = {  # that torch's layers lack
     "unbiased_running_var": True,
     "activation": None,
@@ -33,8 +35,8 @@ def convert(module: Network) -> Network:
     """Makes every torch batch norm in a module, or the module itself, one of ours.
 
     In place: a layer stays the same object, with its parameters, buffers, hooks and mode, so that optimizers and other
-    references to it hold. Layers of exactly ``nn.BatchNorm1d``, ``2d`` and ``3d`` are converted; subclasses, which may
-    compute something else, and ``nn.SyncBatchNorm`` stay what they are. Activations stay where they are as well:
+    references to it hold. Layers of exactly ``nn.BatchNorm1d``, ``2d``, ``3d`` and ``nn.SyncBatchNorm`` are converted;
+    subclasses, which may compute something else, stay what they are. Activations stay where they are as well:
     :func:`bnext.fuse` draws them in.
 
     Args:
@@ -47,7 +49,12 @@ def convert(module: Network) -> Network:
         ValueError: one of torch's layers has an attribute or a child that somebody gave it and that would mean
             something to ours; nothing has changed then.
     """
-    layers = {name: layer for name, layer in module.named_modules() if type(layer) in OURS}
+    return convert_classes(module, OURS | _SYNCHRONIZED)
+
+
+def convert_classes(module: Network, classes: dict[type[nn.Module], type[nn.Module]]) -> Network:
+    """:func:`convert`, of these of torch's classes."""
+    layers = {name: layer for name, layer in module.named_modules() if type(layer) in classes}
     for name, layer in layers.items():
         for attribute in OUR_ATTRIBUTES:
             if hasattr(layer, attribute):
@@ -55,8 +62,43 @@ def convert(module: Network) -> Network:
                     f"expected no attribute {attribute} of torch's layer '{name}', but it has one"
                 )
     for layer in layers.values():
-        layer.__class__ = OURS[type(layer)]
+        layer.__class__ = classes[type(layer)]
         vars(layer).update(OUR_ATTRIBUTES)
+    return module
+
+
+def synchronize(module: Network, process_group: dist.ProcessGroup | None = None) -> Network:
+    """Makes every batch norm in a module, torch's or ours, or the module itself, a :class:`bnext.SyncBatchNorm`.
+
+    What :meth:`torch.nn.SyncBatchNorm.convert_sync_batchnorm` does, but in place, as :func:`convert` does it, and on
+    the CPU too; activations of our layers stay. To be called before DistributedDataParallel wraps the module.
+
+    Args:
+        module: any module.
+        process_group: whose statistics to share; None for all processes.
+
+    Returns:
+        The same module.
+
+    Raises:
+        ValueError: a layer with ``inplace=True``, or one of a subclass of torch's or of ours, which nobody can make
+            another class and which would keep statistics of its own; one that :func:`convert` refuses. Nothing has
+            changed then.
+    """
+    layers = {
+        name: layer
+        for name, layer in module.named_modules()
+        if isinstance(layer, nn.modules.batchnorm._BatchNorm)
+    }
+    for name, layer in layers.items():
+        if type(layer) not in _TORCHS and type(layer) not in _TORCHS.values():
+            raise ValueError(f"expected torch's or bnext's layers, but '{name}' is a {type(layer).__name__}")
+        if isinstance(layer, FusedBatchNorm) and layer.inplace:
+            raise ValueError(f"expected inplace=False, but got True in '{name}'")
+    convert(module)
+    for layer in layers.values():
+        layer.__class__ = SyncBatchNorm
+        vars(layer)["process_group"] = process_group
     return module
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
 from torch.utils._pytree import tree_map_only
 
-from .conversion import convert
+from .conversion import OURS, convert_classes
 from .equality import Behaviour
 from .fused_forward import FusedForward, set_forward
 from .fused_graph import fuse_graph
@@ -111,7 +111,7 @@ def _constant(x: Any) -> bool:
 def _fuse_parts(module: nn.Module, name: str, inputs: _Inputs) -> None:
     """In place: each child as one graph if it can be, and if not the modules in it."""
     if isinstance(module, nn.modules.batchnorm._BatchNorm):
-        convert(module)
+        convert_classes(module, OURS)
     for child_name, child in module.named_children():
         path = f"{name}.{child_name}" if name else child_name
         if isinstance(child, FusedForward) or not has_norm(child):
@@ -136,14 +136,14 @@ def _fuse_whole(module: nn.Module, behaviour: Behaviour) -> bool:
         sized = fx.GraphModule(copy.deepcopy(module).eval(), graph)
         with torch.no_grad():
             ShapeProp(sized).propagate(*map(torch.clone, inputs))
-        trial = convert(_sharing(module))
+        trial = convert_classes(_sharing(module), OURS)
         if fuse_graph(graph, trial):
             set_forward(trial, graph)
         if behaviour.difference(trial) is not None:
             return False
     except Exception:  # whatever a graph raises that is not what forward does
         return False
-    for layer, tried in zip(convert(module).modules(), trial.modules(), strict=True):
+    for layer, tried in zip(convert_classes(module, OURS).modules(), trial.modules(), strict=True):
         layer.__class__ = tried.__class__
         layer.__dict__.update({key: tried.__dict__[key] for key in _DRAWN if key in tried.__dict__})
     return True

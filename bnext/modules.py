@@ -1,13 +1,16 @@
-"""Drop-in replacements of torch.nn.BatchNorm1d, 2d and 3d: state, nothing else."""
+"""Drop-in replacements of torch.nn.BatchNorm1d, 2d and 3d, and of SyncBatchNorm: state, nothing else."""
 
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch import distributed as dist
 
 from .functional import batch_norm, check_activation
+from .sync import Running
+from .sync import batch_norm as sync_batch_norm
 
-__all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d"]
+__all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "SyncBatchNorm"]
 
 
 # weight, bias, running_mean, running_var, num_batches_tracked
@@ -138,3 +141,72 @@ class BatchNorm3d(FusedBatchNorm, nn.BatchNorm3d):
     """Batch normalization of (N, C, D, H, W) input, contiguous or channels_last_3d; see :class:`BatchNorm1d`."""
 
     _ndims = (5,)
+
+
+class SyncBatchNorm(FusedBatchNorm):
+    """Batch normalization of (N, C, ...) input over the batches of all processes of a group.
+
+    :class:`torch.nn.SyncBatchNorm` with the same arguments and state, and the keywords ``unbiased_running_var``,
+    ``activation`` and ``activation_param`` of :class:`bnext.BatchNorm1d`; called as ``layer(x, residual)`` it gives
+    ``activation(batch_norm(x) + residual)``. It works on the CPU as on GPUs, with processes that have no sample, and
+    gradients can be differentiated. Statistics are those of one process in eval, without a process group, and in a
+    group of one.
+
+    It is no subclass of torch's class, which DistributedDataParallel refuses on the CPU.
+    :meth:`convert_sync_batchnorm` makes it of other layers, :func:`bnext.convert` of torch's synchronized ones.
+
+    Args:
+        process_group: None for all processes; see :func:`torch.distributed.new_group`.
+    """
+
+    process_group: dist.ProcessGroup | None
+
+    _ndims = ()  # any from 2
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        process_group: dist.ProcessGroup | None = None,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+        **keywords: Any,
+    ) -> None:
+        if keywords.pop("inplace", False):
+            raise ValueError("expected inplace=False: a synchronized layer keeps its input for backward")
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, **keywords)
+        self.process_group = process_group
+
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        """As :meth:`bnext.BatchNorm1d.forward`, with statistics of all processes; see
+        :func:`bnext.sync.batch_norm`, also for the errors."""
+        group = self._group()
+        if group is None:
+            return super().forward(input, residual)
+        weight, bias, running_mean, running_var, counter = self._tensors()
+        if input.dim() > 1 and input.shape[1] != self.num_features:
+            raise RuntimeError(
+                f"running_mean should contain {input.shape[1]} elements not {self.num_features}"
+            )
+        tracked = (running_mean, running_var, counter) if self.track_running_stats else (None, None, None)
+        return sync_batch_norm(
+            input,
+            Running(*tracked, self.momentum, self.unbiased_running_var),
+            weight,
+            bias,
+            self.eps,
+            group,
+            activation=self.activation,
+            activation_param=self.activation_param,
+            residual=residual,
+        )
+
+    def _group(self) -> dist.ProcessGroup | None:
+        """Of processes to ask, None if there is nobody."""
+        if not (self.training and dist.is_available() and dist.is_initialized()):
+            return None
+        group = self.process_group or dist.group.WORLD
+        return group if dist.get_world_size(group) > 1 else None

@@ -46,17 +46,20 @@ constexpr Size mask_bytes(const Size& numel) {
 // Rows of the statistics, float64: mean, invstd; then, kept for a backward pass, weight (or 1), bias (or 0).
 constexpr int64_t kStatisticsRows = 2, kKeptWeight = 2, kKeptBias = 3, kKeptRows = 4;
 
+struct Sums;  // formulas.h
+
 struct ForwardArgs {
   Extent extent;
   Dtype dtype = Dtype::float32;
   const void* x = nullptr;
   const void* residual = nullptr;  // added before the activation
-  void* y = nullptr;               // may be x
+  void* y = nullptr;               // may be x; null: statistics alone
   void* mask = nullptr;            // out: see activation_passes
   ChannelVector weight, bias, running_mean, running_var;
   int64_t* num_batches_tracked = nullptr;
   double* mean = nullptr;    // out: statistics the output was normalised with
   double* invstd = nullptr;  // out
+  double* var = nullptr;     // out: biased, of the batch
   double* kept = nullptr;    // out, for a backward pass: rows kKeptWeight and kKeptBias
   double eps = 0;
   double momentum = 0;      // weight of the new value
@@ -82,6 +85,10 @@ struct BackwardArgs {
   const double* invstd = nullptr;
   void* dweight = nullptr;  // opmath of dtype
   void* dbias = nullptr;    // opmath of dtype
+  // Per channel, around the mean as arithmetic holds it. out: beside dweight and dbias, where there is no dx.
+  // in: of more than this call's elements, per element of a channel times those here; nothing is reduced.
+  Sums* sums_out = nullptr;
+  const Sums* sums_in = nullptr;
   bool batch_statistics = false;
   bool from_output = false;  // the forward pass wrote over x: y stands for it, through activation_inverse
   ActivationSpec activation;

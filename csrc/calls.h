@@ -20,6 +20,7 @@ struct ForwardCall {
   at::IntArrayRef ndims;
   ActivationSpec activation;
   bool for_backward;
+  bool exact_statistics = false;  // running ones are float64 beside any input
 
   void check() const {
     require_input(x, ndims);
@@ -30,7 +31,10 @@ struct ForwardCall {
     const std::pair<const char*, const OptionalTensor&> vectors[] = {
         {"running_mean", running_mean}, {"running_var", running_var}, {"weight", weight}, {"bias", bias}};
     for (const auto& [name, vector] : vectors) require_channel_vector(name, vector, x);
-    for (const auto& [name, vector] : vectors) dtypes.require(name, vector);
+    for (const auto& [name, vector] : vectors) {
+      const bool running = &vector == &running_mean || &vector == &running_var;
+      if (!(exact_statistics && running)) dtypes.require(name, vector);
+    }
     require_counter(num_batches_tracked, x);
     require_like_input("residual", residual, x);
   }
@@ -63,7 +67,7 @@ struct BackwardCall {
       require_channel_vector(name, vector, x);
       dtypes.require(name, vector);
     }
-    require_statistics(stats, x);
+    require_statistics("stats", stats, x);
     require_slope_source(residual, mask, from_output, activation, x, output_mask[3]);
     if (from_output) require_invertible(activation);
   }

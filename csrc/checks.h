@@ -194,14 +194,23 @@ inline void require_recoverable(const std::optional<at::Tensor>& weight) {
               " is 0: expected weights other than 0");
 }
 
-inline void require_statistics(const at::Tensor& stats, const at::Tensor& x) {
+inline void require_statistics(const char* name, const at::Tensor& stats, const at::Tensor& x) {
   TORCH_CHECK(stats.dim() == 2 && (stats.sym_size(0) == kStatisticsRows || stats.sym_size(0) == kKeptRows) &&
                   stats.sym_size(1) == x.sym_size(1),
-              "expected stats of size torch.Size([", kStatisticsRows, ", ", x.sym_size(1),
+              "expected ", name, " of size torch.Size([", kStatisticsRows, ", ", x.sym_size(1),
               "]) or torch.Size([", kKeptRows, ", ", x.sym_size(1), "]), but got ", size_text(stats));
-  TORCH_CHECK(stats.scalar_type() == at::kDouble, "expected stats of dtype Double, but got ",
+  TORCH_CHECK(stats.scalar_type() == at::kDouble, "expected ", name, " of dtype Double, but got ",
               c10::toString(stats.scalar_type()));
-  require_same_device("stats", stats, x);
+  require_same_device(name, stats, x);
+}
+
+// Of grad_sums, for input_grad.
+inline void require_sums(const at::Tensor& sums, const at::Tensor& x) {
+  TORCH_CHECK(sums.dim() == 2 && sums.sym_size(0) == x.sym_size(1) && sums.sym_size(1) == 2,
+              "expected sums of size torch.Size([", x.sym_size(1), ", 2]), but got ", size_text(sums));
+  TORCH_CHECK(sums.scalar_type() == at::kDouble, "expected sums of dtype Double, but got ",
+              c10::toString(sums.scalar_type()));
+  require_same_device("sums", sums, x);
 }
 
 }  // namespace bnext

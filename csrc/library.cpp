@@ -2,6 +2,7 @@
 // carries what is not an operator.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
+#include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/library.h>
 #include <torch/version.h>
 
@@ -15,6 +16,7 @@
 #include "cpu/tiles.h"
 #include "direct_call.h"
 #include "ops.h"
+#include "phases.h"
 #include "plan_bindings.h"
 
 TORCH_LIBRARY(bnext, m) {
@@ -48,27 +50,61 @@ TORCH_LIBRARY(bnext, m) {
       "Tensor stats, bool training, str? activation, float? activation_param, bool from_output, "
       "bool[4] output_mask) -> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dresidual)",
       {at::Tag::pt2_compliant_tag});
+  // The phases of a training step one by one, for statistics of more than x. moments (2, C), float64: mean
+  // and biased variance, 0 of an empty x. normalize: with those of anything, as an inference. grad_sums (C,
+  // 2), float64: of dz, and of dz times x's distance from the mean as x's arithmetic holds it; they may be
+  // added up over all that has the same stats, and dweight and dbias are those of this x. input_grad: of such
+  // sums over n elements of a channel, times x's share of n. Without derivatives.
+  m.def("moments(Tensor x) -> Tensor", {at::Tag::pt2_compliant_tag});
+  m.def(
+      "normalize(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor moments, float eps, "
+      "str? activation, float? activation_param, bool for_backward) -> (Tensor y, Tensor stats, Tensor mask)",
+      {at::Tag::pt2_compliant_tag});
+  m.def(
+      "grad_sums(Tensor dy, Tensor x, Tensor? residual, Tensor? mask, Tensor? weight, Tensor? bias, "
+      "Tensor stats, str? activation, float? activation_param) "
+      "-> (Tensor sums, Tensor dweight, Tensor dbias)",
+      {at::Tag::pt2_compliant_tag});
+  m.def(
+      "input_grad(Tensor dy, Tensor x, Tensor? residual, Tensor? mask, Tensor? weight, Tensor? bias, "
+      "Tensor stats, Tensor sums, str? activation, float? activation_param, bool[2] output_mask) "
+      "-> (Tensor dx, Tensor dresidual)",
+      {at::Tag::pt2_compliant_tag});
 }
 
 TORCH_LIBRARY_IMPL(bnext, CPU, m) {
+  m.impl("moments", bnext::moments_dense);
+  m.impl("normalize", bnext::normalize_dense);
+  m.impl("grad_sums", bnext::grad_sums_dense);
+  m.impl("input_grad", bnext::input_grad_dense);
   m.impl("batch_norm", bnext::batch_norm<bnext::forward_dense>);
   m.impl("batch_norm_", bnext::batch_norm_inplace<bnext::inplace_dense>);
   m.impl("batch_norm_backward", bnext::batch_norm_backward<bnext::backward_dense>);
 }
 
 TORCH_LIBRARY_IMPL(bnext, CUDA, m) {
+  m.impl("moments", bnext::moments_dense);
+  m.impl("normalize", bnext::normalize_dense);
+  m.impl("grad_sums", bnext::grad_sums_dense);
+  m.impl("input_grad", bnext::input_grad_dense);
   m.impl("batch_norm", bnext::batch_norm<bnext::forward_dense>);
   m.impl("batch_norm_", bnext::batch_norm_inplace<bnext::inplace_dense>);
   m.impl("batch_norm_backward", bnext::batch_norm_backward<bnext::backward_dense>);
 }
 
 TORCH_LIBRARY_IMPL(bnext, Meta, m) {
+  m.impl("moments", bnext::moments_meta);
+  m.impl("normalize", bnext::normalize_meta);
+  m.impl("grad_sums", bnext::grad_sums_meta);
+  m.impl("input_grad", bnext::input_grad_meta);
   m.impl("batch_norm", bnext::batch_norm<bnext::forward_meta>);
   m.impl("batch_norm_", bnext::batch_norm_inplace<bnext::inplace_meta>);
   m.impl("batch_norm_backward", bnext::batch_norm_backward<bnext::backward_meta>);
 }
 
 TORCH_LIBRARY_IMPL(bnext, Autograd, m) {
+  for (const char* phase : {"moments", "normalize", "grad_sums", "input_grad"})
+    m.impl(phase, torch::autograd::autogradNotImplementedFallback());
   m.impl("batch_norm", bnext::batch_norm_autograd);
   m.impl("batch_norm_", bnext::batch_norm_inplace_autograd);
   m.impl("batch_norm_backward", bnext::batch_norm_backward_autograd);

@@ -81,6 +81,8 @@ Traffic traffic(const Problem& problem) {
       return {2 + residual, 2 + residual, 1 + dresidual, 2 * mask};
     case Pass::frozen_backward:  // the reduce writes dx as it goes
       return {2 + residual, 0, 1 + dresidual, mask};
+    case Pass::input_grad:
+      return {0, 2 + residual, 1 + dresidual, mask};
   }
   return {};
 }

@@ -20,7 +20,8 @@ enum class Traversal : uint8_t { planes, rows };
 // everything. map: nothing to reduce.
 enum class Schedule : uint8_t { fused, split, map };
 
-enum class Pass : uint8_t { forward, inference, backward, frozen_backward };
+// input_grad: a backward whose sums are given.
+enum class Pass : uint8_t { forward, inference, backward, frozen_backward, input_grad };
 
 struct Problem {
   Extent extent;
@@ -28,7 +29,8 @@ struct Problem {
   Pass pass = Pass::forward;
   bool residual = false;   // is read: forward to add it, backward to compute the activation's input again
   bool mask = false;       // is written by forward, read by backward
-  bool sums = true;        // backward: dweight or dbias is wanted
+  bool output = true;      // forward: y is wanted
+  bool sums = true;        // backward: dweight, dbias or the sums themselves are wanted
   bool input_grad = true;  // backward: dx is wanted
   bool from_input = true;  // backward: finds dz with x, not with dy and a mask alone
 
@@ -36,10 +38,12 @@ struct Problem {
                     bool with_mask = false)
       : extent(of), dtype(type), pass(kind), residual(with_residual), mask(with_mask) {}
   Problem(const ForwardArgs& args, Pass kind)
-      : Problem(args.extent, args.dtype, kind, args.residual != nullptr, args.mask != nullptr) {}
+      : Problem(args.extent, args.dtype, kind, args.residual != nullptr, args.mask != nullptr) {
+    output = args.y != nullptr;
+  }
   Problem(const BackwardArgs& args, Pass kind)
       : Problem(args.extent, args.dtype, kind, args.residual != nullptr, args.mask != nullptr) {
-    sums = args.dweight != nullptr || args.dbias != nullptr;
+    sums = args.dweight != nullptr || args.dbias != nullptr || args.sums_out != nullptr;
     input_grad = args.dx != nullptr;
     from_input = args.activation && args.mask == nullptr;
   }

@@ -128,7 +128,7 @@ Traffic wanted_traffic(const Problem& problem) {
     tensors.read_by_map = tensors.read_by_reduce - int{!problem.from_input};
     tensors.read_by_reduce = 0;
   }
-  if (!problem.input_grad) {
+  if (!problem.input_grad || !problem.output) {
     tensors.written = tensors.read_by_map = 0;
     tensors.mask_passes = problem.mask;
   }
@@ -167,7 +167,7 @@ Plan make_plan(const Problem& problem, const Device& device, bool aligned, Choic
   const int lanes = static_cast<int>(kVectorBytes / element);
   if (e.numel() == 0) {  // nothing to walk: one block counts the batch
     plan.reduces = false;
-    plan.maps = problem.pass == Pass::forward || problem.pass == Pass::inference;
+    plan.maps = problem.output && (problem.pass == Pass::forward || problem.pass == Pass::inference);
     plan.extent = {0, e.channels, 1};
     plan.map.traversal = Traversal::rows;
     plan.map.threads = kWarp;

@@ -25,10 +25,8 @@ SOURCES = [
     *(ROOT / "csrc" / name for name in KERNELS),
     *(ROOT / "csrc" / name for name in ("plan.cpp", "plan_cuda.cpp", "plan_resident.cpp")),
 ]
-# As in csrc/storage.h.
-DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
-# As in csrc/activation.h.
-NUMBERED = ["none", *ACTIVATIONS]
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]  # as in csrc/storage.h
+NUMBERED = ["none", *ACTIVATIONS]  # as in csrc/activation.h
 MASKED = ["relu", "leaky_relu", "relu6"]  # is_masked
 ENGINES = ["automatic", "streaming", "resident"]
 ORDERS = ["ascending", "descending", "random"]
@@ -93,6 +91,9 @@ class HostCall:
     shifts: tuple[int, int, int] = (0, 0, 0)  # elements off a boundary of 16 bytes: x, dy, outputs
     residual_shifts: tuple[int, int] = (0, 0)  # the same: residual, dresidual
     mask: bool = True
+    phases: bool = (
+        False  # moments, normalize, grad_sums, input_grad as calls of their own, for a batch's statistics
+    )
     counter: int | None = None
 
     @property
@@ -154,6 +155,7 @@ class HostCall:
             s.bulk_copies,
             s.early_launches,
             ENGINES.index(s.engine),
+            self.phases,
             *astuple(self.fault),
             NUMBERED.index(p.activation or "none"),
         ]

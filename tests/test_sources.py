@@ -1,11 +1,12 @@
 """The house rules that a reader relies on, read off the sources: who may include whom, how files begin and end.
 
-    bnext/   fusion -> fused_graph, equality -> conversion -> modules -> functional -> the operators
+    bnext/   fusion -> fused_graph, equality -> conversion -> modules -> functional, sync -> the operators
              (reference stands beside them and knows NumPy only; tracing, fused_forward, torch_activations torch only)
-    csrc/    library -> direct_call, autograd, nodes, double_backward, ops, calls, checks (tensors) -> engine (devices)
-                     -> cpu/, cuda/ (loops) -> plan, plan_cuda, dispatch, formulas, args, storage (plain)
+    csrc/    library -> direct_call, autograd, nodes, double_backward, ops, phases, dense, calls, checks (tensors)
+                     -> engine (devices) -> cpu/, cuda/ (loops)
+                     -> plan, plan_cuda, dispatch, formulas, args, storage (plain)
 
-An arrow points to what may be used; nothing points back, and nothing below the second arrow of csrc/ knows a tensor.
+An arrow points to what may be used; nothing points back, and nothing below the engine knows a tensor.
 """
 
 from __future__ import annotations
@@ -39,7 +40,11 @@ PLAIN = {
 TENSOR_LEVEL = {
     "calls.h",
     "checks.h",
+    "dense.h",
+    "dense.cpp",
     "ops.h",
+    "phases.h",
+    "phases.cpp",
     "ops.cpp",
     "ops_meta.cpp",
     "autograd.cpp",
@@ -181,10 +186,13 @@ def test_operators_are_registered_in_one_file() -> None:
     assert registering == ["library.cpp"]
 
 
-@pytest.mark.parametrize("way", ["torch.ops.bnext", "_C.batch_norm"])
-def test_one_python_file_calls_the_operators(way: str) -> None:
-    calling = [path.name for path in (ROOT / "bnext").glob("*.py") if way in path.read_text()]
-    assert calling == ["functional.py"]
+@pytest.mark.parametrize(
+    ("way", "where"),
+    [("torch.ops.bnext", {"functional.py", "sync.py"}), ("_C.batch_norm", {"functional.py"})],
+)
+def test_two_python_files_call_the_operators(way: str, where: set[str]) -> None:
+    """One the whole ones, one their phases."""
+    assert {path.name for path in (ROOT / "bnext").glob("*.py") if way in path.read_text()} == where
 
 
 # What each Python file of the package may import of the package. Files that are not listed are on top.
@@ -200,7 +208,8 @@ LOWER: dict[str, set[str]] = {
     "fused_forward.py": set(),
     "tracing.py": set(),
     "torch_activations.py": set(),
-    "modules.py": {".functional"},
+    "modules.py": {".functional", ".sync"},
+    "sync.py": {".torch_activations"},
 }
 
 

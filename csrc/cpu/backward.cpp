@@ -1,4 +1,5 @@
 // Backward with batch statistics and with fixed ones: which tiles and folds, and the memory between them.
+#include <algorithm>
 #include <cstddef>
 #include <cstring>
 #include <memory>
@@ -24,7 +25,8 @@ struct BackwardWork {
   BackwardWork(const BackwardArgs& backward_args, const Plan& plan)
       : args(backward_args),
         slope(slope_of(args)),
-        sums_wanted(args.dweight != nullptr || args.dbias != nullptr || args.batch_statistics),
+        sums_wanted(args.sums_in == nullptr && (args.dweight != nullptr || args.dbias != nullptr ||
+                                                args.sums_out != nullptr || args.batch_statistics)),
         at_once(!args.batch_statistics && args.dx != nullptr && (sums_wanted || slope != SlopeClass::none)),
         center(args.from_output ? new double[args.extent.channels] : nullptr),
         coefficients(args.dx != nullptr || args.activation ? new std::byte[kMaxCoefficients * stride()]
@@ -67,7 +69,13 @@ struct BackwardWork {
 
   void prepare(int64_t begin, int64_t end) const { folds.prepare_backward(vectors, begin, end); }
   bool recenter(int64_t, int64_t, const Sums*) const { return false; }
-  void fold(int64_t begin, int64_t end, const Sums* sums) const { folds.backward(vectors, begin, end, sums); }
+  void fold(int64_t begin, int64_t end, const Sums* sums) const {
+    if (args.sums_in != nullptr) {
+      prepare(begin, end);
+      sums = args.sums_in + begin;
+    }
+    folds.backward(vectors, begin, end, sums);
+  }
 };
 
 }  // namespace
@@ -77,6 +85,7 @@ void backward(const BackwardArgs& args, const Plan& plan) {
     for (void* grads : {args.dweight, args.dbias}) {
       if (grads != nullptr) std::memset(grads, 0, args.extent.channels * opmath_bytes(args.dtype));
     }
+    if (args.sums_out != nullptr) std::fill_n(args.sums_out, args.extent.channels, Sums{});
     return;
   }
   BackwardWork work(args, plan);

@@ -50,6 +50,9 @@ void fold_grad_sums(const BackwardFold& fold, int64_t c, int64_t n, const Sums* 
   if (A* __restrict const dbias = static_cast<A*>(args.dbias)) {
     for (int64_t k = 0; k < n; ++k) dbias[c + k] = static_cast<A>(grads_of(k).dbias);
   }
+  if (args.sums_out != nullptr) {
+    for (int64_t k = 0; k < n; ++k) args.sums_out[c + k] = sums[k];
+  }
   if (!args.batch_statistics || args.dx == nullptr) return;  // with fixed ones dx needs no sums
   const int64_t channels = args.extent.channels, rest = fold.from_input ? 4 : 2;
   A* __restrict const scale_out = static_cast<A*>(fold.coefficients) + c;

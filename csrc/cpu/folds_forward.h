@@ -93,6 +93,10 @@ void fold_moments(const ForwardFold& fold, int64_t c, int64_t n, const Sums* sum
       mean[k] = m.mean;
       var[k] = m.var;
     }
+    if (args.var != nullptr) {
+      double* __restrict const var_out = args.var + c;
+      for (int64_t k = 0; k < n; ++k) var_out[k] = var[k];
+    }
     update_running(fold, c, n, mean, var);
   } else {
     read_channels(args.running_mean, c, n, 0, mean);

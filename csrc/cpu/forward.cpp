@@ -28,7 +28,7 @@ struct ForwardWork {
     operands.residual = args.residual;
     operands.out = args.y;
     operands.mask = args.mask;
-    operands.streaming_stores = can_stream(plan, args.y);
+    operands.streaming_stores = args.y != nullptr && can_stream(plan, args.y);
     operands.fetches = plan.beyond_cache;
     operands.fetches_first = plan.fetches_first;
     operands.activation = args.activation;
@@ -37,6 +37,7 @@ struct ForwardWork {
       operands.coefficients[k] = coefficients.get() + k * args.extent.channels * opmath_bytes(args.dtype);
     const auto find = instruction_set().find;
     if (args.batch_statistics) reduce = find({Phase::moments, args.dtype, plan.geometry.traversal});
+    if (args.y == nullptr) return;
     map = find({.phase = Phase::normalize,
                 .dtype = args.dtype,
                 .traversal = plan.geometry.traversal,
@@ -68,6 +69,7 @@ void forward(const ForwardArgs& args, const Plan& plan) {
   if (args.extent.numel() == 0) {
     std::fill(args.mean, args.mean + args.extent.channels, 0.0);
     std::fill(args.invstd, args.invstd + args.extent.channels, 0.0);
+    if (args.var != nullptr) std::fill(args.var, args.var + args.extent.channels, 0.0);
     return;
   }
   if (args.mask != nullptr) clear_mask(args, plan.geometry);

@@ -75,6 +75,12 @@ void launch_with(const BackwardParams& p, const Plan& plan, void* stream) {
   }
 }
 
+// Written by a reduce, read by a map.
+Sums* totals_of(const BackwardArgs& args, const Workspace& workspace) {
+  if (args.sums_in != nullptr) return const_cast<Sums*>(args.sums_in);  // no reduce
+  return args.sums_out != nullptr ? args.sums_out : static_cast<Sums*>(workspace.scratch);
+}
+
 }  // namespace
 
 bool aligned(const BackwardArgs& args) {
@@ -88,6 +94,8 @@ void backward(const BackwardArgs& args, const Plan& plan, const Workspace& works
     for (void* grads : {args.dweight, args.dbias}) {
       if (grads != nullptr) fill_zero(kName, grads, bytes, workspace.stream);
     }
+    if (args.sums_out != nullptr)
+      fill_zero(kName, args.sums_out, args.extent.channels * int64_t{sizeof(Sums)}, workspace.stream);
     return;
   }
   if (plan.engine == Engine::resident) return resident_backward(args, plan, workspace);
@@ -96,7 +104,7 @@ void backward(const BackwardArgs& args, const Plan& plan, const Workspace& works
   BackwardParams p{args,
                    reduction_of(plan, lanes, whole, workspace),
                    {plan.extent, plan.map, whole && whole_vectors(plan.map, lanes)},
-                   static_cast<Sums*>(workspace.scratch),
+                   totals_of(args, workspace),
                    plan.streaming_stores ? Reuse::no : Reuse::yes};
   p.args.extent = plan.extent;
   dispatch(args.dtype, [&]<class T>() {

@@ -64,6 +64,7 @@ void launch_all(const ForwardParams& p, const Plan& plan, void* stream) {
     launch(kName, rows ? moments_rows_kernel<T> : moments_planes_kernel<T>, plan.reduce,
            reduce_memory<MomentsReducer<T>>(plan.reduce), stream, p);
   }
+  if (!plan.maps) return;
   const bool elementary = is_elementary(p.args.activation.kind);
   if (p.args.residual != nullptr || p.mask.data != nullptr) {
     elementary ? launch_map<T, true, true>(p, plan, stream) : launch_map<T, true, false>(p, plan, stream);
@@ -84,6 +85,8 @@ void forward(const ForwardArgs& args, const Plan& plan, const Workspace& workspa
   if (args.extent.numel() == 0) {
     fill_zero(kName, args.mean, args.extent.channels * int64_t{sizeof(double)}, workspace.stream);
     fill_zero(kName, args.invstd, args.extent.channels * int64_t{sizeof(double)}, workspace.stream);
+    if (args.var != nullptr)
+      fill_zero(kName, args.var, args.extent.channels * int64_t{sizeof(double)}, workspace.stream);
     p.args.batch_statistics = true;  // there are no others to write
   }
   const bool whole = aligned(args);

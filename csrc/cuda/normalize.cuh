@@ -104,6 +104,7 @@ struct MomentsReducer {
     const Moments m = moments_from_sums(static_cast<double>(center), sums, 1 / count);
     store(a.mean + c, m.mean);
     store(a.invstd + c, inverse_std(m.var, a.eps));
+    if (a.var != nullptr) store(a.var + c, m.var);
     keep_parameters(a, c);
     const double weight = factor();
     if (!a.running_mean || weight == 0) return;

@@ -18,6 +18,7 @@
 #include <vector>
 
 #include "cuda/launch.h"
+#include "formulas.h"
 #include "model.h"
 #include "plan_cuda.h"
 
@@ -42,6 +43,7 @@ struct Call {
   int64_t multiprocessors, block_threads, l2, shared_memory, multiprocessor_memory;
   int64_t cluster_blocks, bulk_copies, early_launches;
   int64_t engine;  // as in plan_cuda.h's Choice
+  int64_t phases;  // of a training step, one by one: statistics and sums pass through the caller's hands
   int64_t skip_barrier, early_arrival, displace_stores, tear_atomics, skip_group_barrier, skip_async_wait,
       skip_previous, unordered_wait;
   int64_t activation;  // as in activation.h
@@ -209,8 +211,23 @@ void make(const Call& call, std::istream& in, std::ostream& out) {
   forward.unbiased_running_var = call.unbiased != 0;
   forward.activation = {static_cast<Activation>(call.activation), call.activation_param};
   Took forward_took{}, backward_took{};
-  forward_took = run_planned(forward, call.training != 0 ? Pass::forward : Pass::inference, device, engine,
-                             cuda::forward);
+  Buffer* const moments = buffers.empty(call.phases != 0, 3 * channels * sizeof(double));
+  if (call.phases != 0) {
+    ForwardArgs first;
+    first.extent = extent;
+    first.dtype = dtype;
+    first.x = forward.x;
+    first.batch_statistics = true;
+    first.mean = static_cast<double*>(data(moments));
+    first.var = first.mean + extent.channels;
+    first.invstd = first.var + extent.channels;
+    run_planned(first, Pass::forward, device, engine, cuda::forward);
+    forward.batch_statistics = false;
+    forward.running_mean = {first.mean, Dtype::float64};
+    forward.running_var = {first.var, Dtype::float64};
+  }
+  forward_took = run_planned(forward, forward.batch_statistics ? Pass::forward : Pass::inference, device,
+                             engine, cuda::forward);
 
   if (call.backward != 0) {
     BackwardArgs backward;
@@ -231,8 +248,18 @@ void make(const Call& call, std::istream& in, std::ostream& out) {
     backward.dweight = data(dweight);
     backward.dbias = data(dbias);
     backward.batch_statistics = call.training != 0;
-    backward_took = run_planned(backward, call.training != 0 ? Pass::backward : Pass::frozen_backward, device,
-                                engine, cuda::backward);
+    const Pass pass = call.training != 0 ? Pass::backward : Pass::frozen_backward;
+    Buffer* const sums = buffers.empty(call.phases != 0, channels * sizeof(Sums));
+    if (call.phases != 0) {
+      BackwardArgs first = backward;
+      first.dx = first.dresidual = nullptr;
+      first.sums_out = static_cast<Sums*>(data(sums));
+      run_planned(first, pass, device, engine, cuda::backward);
+      backward.dweight = backward.dbias = nullptr;
+      backward.sums_in = first.sums_out;
+    }
+    backward_took =
+        run_planned(backward, call.phases != 0 ? Pass::input_grad : pass, device, engine, cuda::backward);
   }
   buffers.require_guards();
   for (Buffer* result : {y, mask, stats, running_mean, running_var, counter, dx, dweight, dbias, dresidual})
