@@ -26,6 +26,7 @@ TOOLS := $(VENV)/.tools
 demo: $(BUILT)
 	$(PY) examples/notebook.py
 	$(PY) examples/digits.py
+	$(PY) examples/processes.py
 
 test: $(BUILT)
 	OMP_WAIT_POLICY=passive $(PY) -m pytest $(WORKERS) $(ARGS)

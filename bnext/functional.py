@@ -1,4 +1,4 @@
-"""The function behind the modules, and the only place that calls the operators."""
+"""The function behind the modules, and the only place that calls the whole operators."""
 
 from collections.abc import Sequence
 

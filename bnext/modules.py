@@ -18,7 +18,7 @@ _State = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tenso
 
 
 class FusedBatchNorm(nn.modules.batchnorm._BatchNorm):
-    """What the three classes share.
+    """What the classes share.
 
     Every check on the input stands in the operator, before anything is touched, and forward does not look at the
     input: a symbolic trace records one call.
@@ -153,7 +153,7 @@ class SyncBatchNorm(FusedBatchNorm):
     group of one.
 
     It is no subclass of torch's class, which DistributedDataParallel refuses on the CPU.
-    :meth:`convert_sync_batchnorm` makes it of other layers, :func:`bnext.convert` of torch's synchronized ones.
+    :func:`bnext.synchronize` makes it of other layers, :func:`bnext.convert` of torch's synchronized ones.
 
     Args:
         process_group: None for all processes; see :func:`torch.distributed.new_group`.
@@ -187,10 +187,6 @@ class SyncBatchNorm(FusedBatchNorm):
         if group is None:
             return super().forward(input, residual)
         weight, bias, running_mean, running_var, counter = self._tensors()
-        if input.dim() > 1 and input.shape[1] != self.num_features:
-            raise RuntimeError(
-                f"running_mean should contain {input.shape[1]} elements not {self.num_features}"
-            )
         tracked = (running_mean, running_var, counter) if self.track_running_stats else (None, None, None)
         return sync_batch_norm(
             input,

@@ -6,14 +6,13 @@ travels with its statistics, so that nothing waits for the device to know it, an
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from .torch_activations import to_module
+from .sync_graph import Call, Inputs, derivatives
 
 __all__ = ["Running", "batch_norm"]
 
@@ -31,19 +30,18 @@ class Running(NamedTuple):
 
     def update(self, moments: Tensor, count: Tensor) -> None:
         """By moments (2, C) of count elements, 0-d. Of 0 the counter goes up and the statistics stay as they are."""
-        factor: Tensor | float = 0.0 if self.momentum is None else self.momentum
+        factor: Tensor | float = 0.0 if self.momentum is None else float(self.momentum)
+        if self.momentum is None and self.num_batches_tracked is not None:
+            factor = 1 / (self.num_batches_tracked.reshape(()) + 1).double()
+        if self.mean is not None and self.var is not None and not (isinstance(factor, float) and factor == 0):
+            mean, var = moments.unbind()
+            if self.unbiased:
+                var = var * (count / (count - 1).clamp(min=1))
+            for running, batch in ((self.mean, mean), (self.var, var)):
+                old = running.double()
+                running.copy_(torch.where(count > 0, (1 - factor) * old + factor * batch.view_as(old), old))
         if self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
-            if self.momentum is None:
-                factor = 1 / self.num_batches_tracked.double()
-        if self.mean is None or self.var is None or (isinstance(factor, float) and factor == 0):
-            return
-        mean, var = moments.unbind()
-        if self.unbiased:
-            var = var * (count / (count - 1).clamp(min=1))
-        for running, batch in ((self.mean, mean), (self.var, var)):
-            old = running.double()
-            running.copy_(torch.where(count > 0, (1 - factor) * old + factor * batch, old))
 
 
 def _merged(parts: Tensor) -> tuple[Tensor, Tensor]:
@@ -57,8 +55,10 @@ def _merged(parts: Tensor) -> tuple[Tensor, Tensor]:
     count = counts.sum()
     share = counts / count.clamp(min=1)
     origin = means.index_select(0, counts.argmax(0))
+    origin = torch.where(origin.isfinite(), origin, 0)
     mean = origin + (share * (means - origin)).sum(0, keepdim=True)
-    variance = (share * (variances + (means - mean) ** 2)).sum(0, keepdim=True)
+    around = torch.where(counts > 0, variances + (means - mean) ** 2, 0)  # 0 times infinity is no 0
+    variance = (share * around).sum(0, keepdim=True)
     return torch.cat([mean, variance]), count
 
 
@@ -75,80 +75,73 @@ def _count(x: Tensor) -> int:
     return x.numel() // x.shape[1]
 
 
-class _Sum(torch.autograd.Function):
-    """Over all processes. Each one's gradient is the sum of all gradients, as the objective is that of all losses."""
-
-    @staticmethod
-    def forward(ctx: Any, value: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.group = group
-        total = value.clone()
-        dist.all_reduce(total, group=group)
-        return total
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return _sum(grads[0], ctx.group), None
-
-
-def _sum(value: Tensor, group: dist.ProcessGroup) -> Tensor:
-    total: Tensor = _Sum.apply(value, group)  # type: ignore[no-untyped-call]
-    return total
-
-
-class _Call(NamedTuple):
-    """What has no gradient."""
-
-    eps: float
-    activation: str | None
-    activation_param: float | None
-    group: dist.ProcessGroup
-    differentiable: bool
-
-
 class _Kept(NamedTuple):
-    """For backward. slope: y's by its activation's input, where a mask tells it."""
+    """For backward. residual: where there is an activation and no mask. total: elements of a channel, 0-d."""
 
     x: Tensor
     residual: Tensor | None
     weight: Tensor | None
     bias: Tensor | None
-    slope: Tensor | None
-    total: Tensor  # elements of a channel in all processes, 0-d
+    stats: Tensor
+    mask: Tensor
+    total: Tensor
+
+    def arguments(self) -> tuple[Tensor | None, ...]:
+        """Of the phases, from x to stats."""
+        return (
+            self.x,
+            self.residual,
+            self.mask if self.mask.numel() else None,
+            None if self.weight is None else self.stats[2],
+            None if self.bias is None else self.stats[3],
+            self.stats,
+        )
 
 
-def _composed(kept: _Kept, call: _Call) -> Tensor:
-    """y in torch's operations, which can be differentiated again and again; with a slope, what has y's derivatives."""
-    x = kept.x.double() if kept.x.dtype == torch.float64 else kept.x.float()
-    dims = [d for d in range(x.dim()) if d != 1]
-
-    def along(vector: Tensor) -> Tensor:
-        return vector.to(x.dtype).view(1, -1, *[1] * (x.dim() - 2))
-
-    mean = _sum(x.sum(dims), call.group) / kept.total
-    centered = x - along(mean)
-    var = _sum((centered * centered).sum(dims), call.group) / kept.total
-    z = centered * along((var + call.eps).rsqrt())
-    if kept.weight is not None:
-        z = z * along(kept.weight)
-    if kept.bias is not None:
-        z = z + along(kept.bias)
-    if kept.residual is not None:
-        z = z + kept.residual.to(x.dtype)
-    if kept.slope is not None:
-        z = z * kept.slope
-    elif call.activation is not None:
-        z = to_module(call.activation, call.activation_param)(z)
-    return z.to(kept.x.dtype)
+Grads = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
 
-def _composed_grads(kept: _Kept, call: _Call, dy: Tensor, wants: tuple[bool, ...]) -> Iterator[Tensor | None]:
-    """Of x, residual, weight and bias, where they are wanted, in a graph."""
-    if kept.residual is None and wants[1]:  # what it was is in the slope, or does not matter
-        kept = kept._replace(residual=torch.zeros_like(kept.x, requires_grad=True))
-    wanted = [t for t, wants_it in zip(kept[:4], wants, strict=True) if wants_it and t is not None]
-    found = iter(torch.autograd.grad(_composed(kept, call), wanted, dy, create_graph=True))
-    for wants_it in wants:
-        yield next(found) if wants_it else None
+def _gradients(dy: Tensor, kept: _Kept, call: Call, wants: tuple[bool, ...]) -> Grads:
+    """By x, residual, weight and bias; by the residual only behind an activation."""
+    arguments, activation = kept.arguments(), (call.activation, call.activation_param)
+    sums, dweight, dbias = _phases.grad_sums.default(dy, *arguments, *activation)
+    dist.all_reduce(sums, group=call.group)  # whatever this process wants itself
+    sums = sums * (_count(kept.x) / kept.total.clamp(min=1))
+    wants_residual = wants[1] and call.activation is not None
+    dx, dresidual = _phases.input_grad.default(dy, *arguments, sums, *activation, [wants[0], wants_residual])
+    return (
+        dx if wants[0] else None,
+        dresidual if wants_residual else None,
+        dweight.to(kept.weight.dtype).view_as(kept.weight) if kept.weight is not None and wants[2] else None,
+        dbias.to(kept.bias.dtype).view_as(kept.bias) if kept.bias is not None and wants[3] else None,
+    )
+
+
+class _Gradients(torch.autograd.Function):
+    """:func:`_gradients`, which have derivatives too."""
+
+    @staticmethod
+    def forward(ctx: Any, dy: Tensor, call: Call, wants: tuple[bool, ...], *kept: Tensor | None) -> Grads:
+        ctx.call = call
+        ctx.save_for_backward(dy, *kept)
+        return _gradients(dy, _Kept(*kept), call, wants)  # type: ignore[arg-type]
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        dy, *tensors = ctx.saved_tensors
+        kept, call = _Kept(*tensors), ctx.call
+        passes = None
+        if kept.mask.numel():
+            with torch.no_grad():
+                ones, none = torch.ones_like(kept.x), kept.stats.new_zeros(kept.x.shape[1], 2)
+                activation = (call.activation, call.activation_param)
+                phase = _phases.input_grad.default
+                passes = phase(ones, *kept.arguments(), none, *activation, [False, True])[1] == 1
+        given = Inputs(dy, kept.x, kept.residual, kept.weight, kept.bias)
+        by_dy, *rest = derivatives(given, call, kept.stats[0], kept.total, passes, cotangents)
+        if passes is not None:
+            rest[1] = None  # the mask has no derivative
+        return by_dy, None, None, *rest, None, None, None
 
 
 class _Normalize(torch.autograd.Function):
@@ -163,7 +156,7 @@ class _Normalize(torch.autograd.Function):
         bias: Tensor | None,
         moments: Tensor,
         count: Tensor,
-        call: _Call,
+        call: Call,
     ) -> Tensor:
         activation = (call.activation, call.activation_param)
         y, stats, mask = _phases.normalize.default(
@@ -177,44 +170,15 @@ class _Normalize(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, residual, weight, bias, stats, mask, count = ctx.saved_tensors
-        call: _Call = ctx.call
-        (dy,), activation = grads, (call.activation, call.activation_param)
-        wants = ctx.needs_input_grad[:4]
-        mask = mask if mask.numel() else None
-        given = (
-            x,
-            residual,
-            mask,
-            None if weight is None else stats[2],
-            None if bias is None else stats[3],
-            stats,
-        )
+        (dy,), call, wants = grads, ctx.call, ctx.needs_input_grad[:4]
         if torch.is_grad_enabled():
-            slope = None
-            if mask is not None:
-                ones, none = torch.ones_like(x), stats.new_zeros(x.shape[1], 2)
-                with torch.no_grad():
-                    slope = _phases.input_grad.default(ones, *given, none, *activation, [False, True])[1]
-            return (
-                *_composed_grads(_Kept(x, residual, weight, bias, slope, count), call, dy, wants),
-                *[None] * 3,
-            )
-        sums, dweight, dbias = _phases.grad_sums.default(dy, *given, *activation)
-        dist.all_reduce(sums, group=call.group)  # whatever this process wants itself
-        sums = sums * (_count(x) / count.clamp(min=1))
-        dx, dresidual = _phases.input_grad.default(
-            dy, *given, sums, *activation, [wants[0], wants[1] and call.activation is not None]
-        )
-        if call.activation is None:
+            found = _Gradients.apply(dy, call, wants, *ctx.saved_tensors)  # type: ignore[no-untyped-call]
+        else:
+            found = _gradients(dy, _Kept(*ctx.saved_tensors), call, wants)
+        dx, dresidual, dweight, dbias = found
+        if wants[1] and call.activation is None:
             dresidual = dy
-        return (
-            dx if wants[0] else None,
-            dresidual if wants[1] else None,
-            dweight.to(weight.dtype).view_as(weight) if wants[2] else None,
-            dbias.to(bias.dtype).view_as(bias) if wants[3] else None,
-            *[None] * 3,
-        )
+        return dx, dresidual, dweight, dbias, None, None, None
 
 
 def batch_norm(
@@ -231,9 +195,10 @@ def batch_norm(
 ) -> Tensor:
     """:func:`bnext.functional.batch_norm` in training, with mean and variance over the inputs of all processes.
 
-    Every process of the group has to call it, in the same order, with input of the same C and dtype and any sizes
-    besides, the batch's 0 included; and to call backward, if any does. Gradients of input and residual are those of the
-    sum of all processes' losses; those of weight and bias are this process's part, as DistributedDataParallel expects.
+    Every process of the group has to call it, in the same order, with input of the same C and any sizes besides, the
+    batch's 0 included; and to call backward, if any does. Gradients of input and residual are those of the sum of all
+    processes' losses; those of weight and bias are this process's part, as DistributedDataParallel expects. They can be
+    differentiated; then every process has to do that as well.
 
     Args:
         input: (N, C, ...) of float32, float64, bfloat16 or float16.
@@ -247,18 +212,19 @@ def batch_norm(
         (N, C, ...) of the input's dtype.
 
     Raises:
-        The errors of that function, but for one value per channel, which nobody knows beforehand to be all there are:
-        its variance is 0, and so is what the running one takes. Other processes then wait for this one until their
-        backend's timeout.
+        The errors of that function, before this process waits for others, which then wait for it until their backend's
+        timeout. One value per channel is none of them, as others may have more; if it is all there is, its variance
+        counts as 0, in the running one too.
     """
     with torch.no_grad():
-        moments = _phases.moments.default(input)
+        tensors = (input, residual, weight, bias, running.mean, running.var, running.num_batches_tracked)
+        moments = _phases.moments.default(*tensors, eps, activation, activation_param)
         count = moments.new_full((1,), _count(input))
         moments, total = _merged(_gathered(torch.cat([moments.flatten(), count]), group))
     differentiable = torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (input, residual, weight, bias)
     )
-    call = _Call(eps, activation, activation_param, group, differentiable)
+    call = Call(eps, activation, activation_param, group, differentiable)
     output: Tensor = _Normalize.apply(  # type: ignore[no-untyped-call]
         input, residual, weight, bias, moments, total, call
     )

@@ -31,10 +31,8 @@ void check_differentiability(const at::Tensor& x, const OptionalTensor& residual
                              const OptionalTensor& weight, const OptionalTensor& bias,
                              const OptionalTensor& running_mean, const OptionalTensor& running_var) {
   TORCH_CHECK(x.defined(), "expected input to be a tensor, but got None");
-  for (const auto& [name, t] : {std::pair<const char*, const OptionalTensor&>("running_mean", running_mean),
-                                std::pair<const char*, const OptionalTensor&>("running_var", running_var)}) {
-    TORCH_CHECK(!requires_grad(t), name, " is not differentiable: it cannot have requires_grad=True");
-  }
+  require_not_differentiable("running_mean", running_mean);
+  require_not_differentiable("running_var", running_var);
   refuse_forward_mode(x, residual, weight, bias);
 }
 

@@ -21,10 +21,11 @@ struct ForwardCall {
   ActivationSpec activation;
   bool for_backward;
   bool exact_statistics = false;  // running ones are float64 beside any input
+  bool alone = true;              // else one value per channel will do, as others have some
 
   void check() const {
     require_input(x, ndims);
-    if (training) require_enough_values(x);
+    if (training && alone) require_enough_values(x);
     require_eps(eps, training);
     require_running_pair(running_mean, running_var, training);
     ParameterDtype dtypes{x};
@@ -67,7 +68,7 @@ struct BackwardCall {
       require_channel_vector(name, vector, x);
       dtypes.require(name, vector);
     }
-    require_statistics("stats", stats, x);
+    require_statistics(stats, x);
     require_slope_source(residual, mask, from_output, activation, x, output_mask[3]);
     if (from_output) require_invertible(activation);
   }

@@ -143,6 +143,11 @@ inline void require_counter(const std::optional<at::Tensor>& counter, const at::
   require_same_device("num_batches_tracked", *counter, x);
 }
 
+inline void require_not_differentiable(const char* name, const std::optional<at::Tensor>& t) {
+  TORCH_CHECK(!present(t) || !t->requires_grad(), name,
+              " is not differentiable: it cannot have requires_grad=True");
+}
+
 // A tensor beside the input and like it.
 inline void require_like_input(const char* name, const std::optional<at::Tensor>& t, const at::Tensor& x) {
   if (!present(t)) return;
@@ -194,23 +199,32 @@ inline void require_recoverable(const std::optional<at::Tensor>& weight) {
               " is 0: expected weights other than 0");
 }
 
-inline void require_statistics(const char* name, const at::Tensor& stats, const at::Tensor& x) {
+inline void require_per_channel(const char* name, const at::Tensor& t, const at::Tensor& x) {
+  TORCH_CHECK(t.scalar_type() == at::kDouble, "expected ", name, " of dtype Double, but got ",
+              c10::toString(t.scalar_type()));
+  require_same_device(name, t, x);
+}
+
+inline void require_statistics(const at::Tensor& stats, const at::Tensor& x) {
   TORCH_CHECK(stats.dim() == 2 && (stats.sym_size(0) == kStatisticsRows || stats.sym_size(0) == kKeptRows) &&
                   stats.sym_size(1) == x.sym_size(1),
-              "expected ", name, " of size torch.Size([", kStatisticsRows, ", ", x.sym_size(1),
+              "expected stats of size torch.Size([", kStatisticsRows, ", ", x.sym_size(1),
               "]) or torch.Size([", kKeptRows, ", ", x.sym_size(1), "]), but got ", size_text(stats));
-  TORCH_CHECK(stats.scalar_type() == at::kDouble, "expected ", name, " of dtype Double, but got ",
-              c10::toString(stats.scalar_type()));
-  require_same_device(name, stats, x);
+  require_per_channel("stats", stats, x);
+}
+
+// For normalize.
+inline void require_moments(const at::Tensor& moments, const at::Tensor& x) {
+  TORCH_CHECK(moments.dim() == 2 && moments.sym_size(0) == 2 && moments.sym_size(1) == x.sym_size(1),
+              "expected moments of size torch.Size([2, ", x.sym_size(1), "]), but got ", size_text(moments));
+  require_per_channel("moments", moments, x);
 }
 
 // Of grad_sums, for input_grad.
 inline void require_sums(const at::Tensor& sums, const at::Tensor& x) {
   TORCH_CHECK(sums.dim() == 2 && sums.sym_size(0) == x.sym_size(1) && sums.sym_size(1) == 2,
               "expected sums of size torch.Size([", x.sym_size(1), ", 2]), but got ", size_text(sums));
-  TORCH_CHECK(sums.scalar_type() == at::kDouble, "expected sums of dtype Double, but got ",
-              c10::toString(sums.scalar_type()));
-  require_same_device("sums", sums, x);
+  require_per_channel("sums", sums, x);
 }
 
 }  // namespace bnext

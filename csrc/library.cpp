@@ -50,12 +50,17 @@ TORCH_LIBRARY(bnext, m) {
       "Tensor stats, bool training, str? activation, float? activation_param, bool from_output, "
       "bool[4] output_mask) -> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dresidual)",
       {at::Tag::pt2_compliant_tag});
-  // The phases of a training step one by one, for statistics of more than x. moments (2, C), float64: mean
-  // and biased variance, 0 of an empty x. normalize: with those of anything, as an inference. grad_sums (C,
-  // 2), float64: of dz, and of dz times x's distance from the mean as x's arithmetic holds it; they may be
-  // added up over all that has the same stats, and dweight and dbias are those of this x. input_grad: of such
-  // sums over n elements of a channel, times x's share of n. Without derivatives.
-  m.def("moments(Tensor x) -> Tensor", {at::Tag::pt2_compliant_tag});
+  // The phases of a training step one by one, for statistics of more than x, without derivatives.
+  // moments (2, C), float64: mean and biased variance, 0 of an empty x. The other arguments are those of the
+  // call that it begins: checked here, before one process waits for another. normalize: with the moments of
+  // anything, as an inference. grad_sums (C, 2), float64: of dz, and of dz times x's distance from the mean
+  // as x's arithmetic holds it; they may be added up over all that has the same stats, and dweight and dbias
+  // are those of this x. input_grad: of such sums over n elements of a channel, times x's share of n.
+  m.def(
+      "moments(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor? running_mean, "
+      "Tensor? running_var, Tensor? num_batches_tracked, float eps, str? activation, "
+      "float? activation_param) -> Tensor",
+      {at::Tag::pt2_compliant_tag});
   m.def(
       "normalize(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor moments, float eps, "
       "str? activation, float? activation_param, bool for_backward) -> (Tensor y, Tensor stats, Tensor mask)",

@@ -2,6 +2,7 @@
 // dx, one with given sums.
 #include "phases.h"
 
+#include <ATen/MemoryOverlap.h>
 #include <ATen/ops/empty.h>
 
 #include "dense.h"
@@ -29,7 +30,7 @@ ForwardResult with_moments(const at::Tensor& x, const OptionalTensor& residual, 
                            ActivationName activation, std::optional<double> activation_param,
                            bool for_backward, F f) {
   require_input(x, {});
-  require_statistics("moments", moments, x);
+  require_moments(moments, x);
   const OptionalTensor mean = moments.select(0, 0), var = moments.select(0, 1);
   return f(ForwardCall{x,
                        residual,
@@ -46,6 +47,32 @@ ForwardResult with_moments(const at::Tensor& x, const OptionalTensor& residual, 
                        require_activation(activation, activation_param),
                        for_backward,
                        /*exact_statistics=*/true});
+}
+
+// What a training call with these arguments has to have, but for others' values.
+void require_training(const at::Tensor& x, const OptionalTensor& residual, const OptionalTensor& weight,
+                      const OptionalTensor& bias, const OptionalTensor& running_mean,
+                      const OptionalTensor& running_var, const OptionalTensor& num_batches_tracked,
+                      double eps, ActivationName activation, std::optional<double> activation_param) {
+  TORCH_CHECK(x.defined(), "expected input to be a tensor, but got None");
+  ForwardCall call{x,
+                   residual,
+                   weight,
+                   bias,
+                   running_mean,
+                   running_var,
+                   num_batches_tracked,
+                   /*training=*/true,
+                   0.0,
+                   eps,
+                   true,
+                   {},
+                   require_activation(activation, activation_param),
+                   /*for_backward=*/false};
+  call.alone = false;
+  call.check();
+  require_not_differentiable("running_mean", running_mean);
+  require_not_differentiable("running_var", running_var);
 }
 
 BackwardCall backward_call(const at::Tensor& dy, const at::Tensor& x, const OptionalTensor& residual,
@@ -80,8 +107,15 @@ at::Tensor on_pairs(const at::Tensor& t) {
 
 }  // namespace
 
-at::Tensor moments_dense(const at::Tensor& x) {
-  require_input(x, {});
+at::Tensor moments_dense(const at::Tensor& x, const OptionalTensor& residual, const OptionalTensor& weight,
+                         const OptionalTensor& bias, const OptionalTensor& running_mean,
+                         const OptionalTensor& running_var, const OptionalTensor& num_batches_tracked,
+                         double eps, ActivationName activation, std::optional<double> activation_param) {
+  require_training(x, residual, weight, bias, running_mean, running_var, num_batches_tracked, eps, activation,
+                   activation_param);
+  for (const OptionalTensor& running : {running_mean, running_var}) {
+    if (present(running)) at::assert_no_internal_overlap(*running);
+  }
   require_engine(x);
   const Input input(x);
   const int64_t channels = x.size(1);
@@ -95,8 +129,12 @@ at::Tensor moments_dense(const at::Tensor& x) {
   return moments;
 }
 
-at::Tensor moments_meta(const at::Tensor& x) {
-  require_input(x, {});
+at::Tensor moments_meta(const at::Tensor& x, const OptionalTensor& residual, const OptionalTensor& weight,
+                        const OptionalTensor& bias, const OptionalTensor& running_mean,
+                        const OptionalTensor& running_var, const OptionalTensor& num_batches_tracked,
+                        double eps, ActivationName activation, std::optional<double> activation_param) {
+  require_training(x, residual, weight, bias, running_mean, running_var, num_batches_tracked, eps, activation,
+                   activation_param);
   return at::empty_symint({2, x.sym_size(1)}, x.options().dtype(at::kDouble));
 }
 

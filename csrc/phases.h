@@ -9,8 +9,14 @@ namespace bnext {
 using InputGradResult = std::tuple<at::Tensor, at::Tensor>;             // dx, dresidual
 using GradSumsResult = std::tuple<at::Tensor, at::Tensor, at::Tensor>;  // sums, dweight, dbias
 
-at::Tensor moments_dense(const at::Tensor& x);
-at::Tensor moments_meta(const at::Tensor& x);
+at::Tensor moments_dense(const at::Tensor& x, const OptionalTensor& residual, const OptionalTensor& weight,
+                         const OptionalTensor& bias, const OptionalTensor& running_mean,
+                         const OptionalTensor& running_var, const OptionalTensor& num_batches_tracked,
+                         double eps, ActivationName activation, std::optional<double> activation_param);
+at::Tensor moments_meta(const at::Tensor& x, const OptionalTensor& residual, const OptionalTensor& weight,
+                        const OptionalTensor& bias, const OptionalTensor& running_mean,
+                        const OptionalTensor& running_var, const OptionalTensor& num_batches_tracked,
+                        double eps, ActivationName activation, std::optional<double> activation_param);
 
 ForwardResult normalize_dense(const at::Tensor& x, const OptionalTensor& residual,
                               const OptionalTensor& weight, const OptionalTensor& bias,

@@ -5,12 +5,20 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from problem import Problem
 
 FORWARD = torch.ops.bnext.batch_norm.default
 INPLACE = torch.ops.bnext.batch_norm_.default
 BACKWARD = torch.ops.bnext.batch_norm_backward.default
+PHASES = torch.ops.bnext
+
+
+def moments_of(x: Tensor, eps: float = 1e-5, **tensors: Tensor) -> Tensor:
+    """With these of the tensors that it checks."""
+    names = ("residual", "weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+    return PHASES.moments(x, *(tensors.get(name) for name in names), eps, None, None)
 
 
 def forward_arguments(

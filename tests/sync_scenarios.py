@@ -168,10 +168,49 @@ def second_derivatives(rank: int, world: int) -> None:
 
 
 @scenario
+def gradients_in_a_graph(rank: int, world: int) -> None:
+    """Where inputs of the layer depend on each other, or are the same: to the bit those without a graph."""
+    x = torch.randn(5, 4, 3, 3, generator=torch.Generator().manual_seed(5)) * 0.1 + 10
+    layer = bnext.SyncBatchNorm(4, activation="gelu")
+    nn.init.normal_(layer.weight, generator=torch.Generator().manual_seed(6))
+    dy = share(x.flip(0).sin(), rank, world)
+    calls: dict[str, Callable[[Tensor], Tensor]] = {
+        "twice": lambda t: layer(layer(t)),
+        "residual is x": lambda t: layer(t, t),
+        "x of the residual": lambda t: layer(t.exp(), t),
+        "residual of x": lambda t: layer(t, t.square()),
+    }
+    for name, call in calls.items():
+        found = []
+        for create_graph in (False, True):
+            leaves = leaf(x, rank, world), *layer.parameters()
+            found.append(torch.autograd.grad(call(leaves[0]), leaves, dy, create_graph=create_graph))
+        for plain, graph in zip(*found, strict=True):
+            assert torch.equal(plain, graph), name
+            assert plain.stride() == graph.stride()
+
+
+@scenario
+def what_is_not_finite(rank: int, world: int) -> None:
+    """As in one process: an infinity is its channel's mean, squares may overflow; nobody's values count for nothing."""
+    for value, dtype in (
+        (float("inf"), torch.float32),
+        (1e160, torch.float64),
+        (float("nan"), torch.float32),
+    ):
+        x = torch.randn(5, 3, 4, generator=torch.Generator().manual_seed(8), dtype=dtype)
+        x[0, 1, 2] = value
+        ours, alone = bnext.SyncBatchNorm(3, dtype=dtype), bnext.BatchNorm1d(3, dtype=dtype)
+        torch.testing.assert_close(ours(share(x, rank, world)), share(alone(x), rank, world), equal_nan=True)
+        torch.testing.assert_close(ours.running_mean, alone.running_mean, equal_nan=True)
+        torch.testing.assert_close(ours.running_var, alone.running_var, equal_nan=True)
+
+
+@scenario
 def running_statistics(rank: int, world: int) -> None:
     """momentum=None, biased variances, none at all; a batch that nobody has."""
     x = torch.randn(9, 3, 4, generator=torch.Generator().manual_seed(2)) + 5
-    for options in ({"momentum": None}, {"unbiased_running_var": False}, {"momentum": 0.0}):
+    for options in ({"momentum": None}, {"unbiased_running_var": False}, {"momentum": 0}):
         ours, alone = bnext.SyncBatchNorm(3, **options), bnext.BatchNorm1d(3, **options)
         for factor in (1, 3):
             ours(share(factor * x, rank, world))
@@ -189,71 +228,3 @@ def running_statistics(rank: int, world: int) -> None:
     only = x[:1, :, :1] if rank == 0 else x[:0, :, :1]  # one value a channel in all
     layer = bnext.SyncBatchNorm(3)
     assert not layer(only).any() and layer.running_var.isfinite().all()
-
-
-def step_of(backend: str | None, x: Tensor) -> list[Tensor]:
-    layer, leaf_of_x = bnext.SyncBatchNorm(4, activation="relu"), x.clone().requires_grad_()
-    call = layer if backend is None else torch.compile(layer, fullgraph=True, backend=backend)
-    y = call(leaf_of_x)
-    (y * y).sum().backward()
-    return [y.detach(), leaf_of_x.grad, layer.weight.grad, *layer.buffers()]
-
-
-@scenario
-def compiled(rank: int, world: int) -> None:
-    """One graph, the same bits."""
-    x = share(torch.randn(6, 4, 5, 5, generator=torch.Generator().manual_seed(3)), rank, world)
-    expected, *found = (
-        step_of(backend, x)
-        for backend in (None, "aot_eager", *["inductor"] * (world == 2))  # ten seconds
-    )
-    for results in found:
-        assert all(torch.equal(one, other) for one, other in zip(results, expected, strict=True))
-
-
-@scenario
-def with_distributed_data_parallel(rank: int, world: int) -> None:
-    """A step of a network that `synchronize` changed is that of one process with the whole batch."""
-    torch.manual_seed(11)
-    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(64, 2))
-    alone = nn.Sequential(*network)
-    x, target = torch.randn(8, 3, 6, 6), torch.randn(8, 2)
-    loss = (alone(x) - target).square().sum()
-    expected = [g / world for g in torch.autograd.grad(loss, [*alone.parameters()])]
-    parallel = nn.parallel.DistributedDataParallel(bnext.synchronize(network))
-    assert type(parallel.module[1]) is bnext.SyncBatchNorm
-    (parallel(share(x, rank, world)) - share(target, rank, world)).square().sum().backward()
-    for parameter, grad in zip(network.parameters(), expected, strict=True):
-        torch.testing.assert_close(parameter.grad, grad, rtol=1e-4, atol=1e-4)
-
-
-@scenario
-def groups_of_their_own(rank: int, world: int) -> None:
-    """A layer's group: alone, it is the layer of one process."""
-    groups = [dist.new_group([k]) for k in range(world)]
-    x = torch.randn(4, 3, 2, generator=torch.Generator().manual_seed(rank))
-    ours, alone = bnext.SyncBatchNorm(3, process_group=groups[rank]), bnext.BatchNorm1d(3)
-    assert torch.equal(ours(x), alone(x))
-    everyone = dist.new_group([*range(world)])
-    whole = torch.randn(7, 3, 2, generator=torch.Generator().manual_seed(9))
-    both = bnext.SyncBatchNorm(3, process_group=everyone), bnext.SyncBatchNorm(3)
-    first, second = (layer(share(whole, rank, world)) for layer in both)
-    assert torch.equal(first, second)
-
-
-@scenario
-def bad_input_before_anything_is_sent(rank: int, world: int) -> None:
-    """All processes get it and none waits."""
-    layer = bnext.SyncBatchNorm(3)
-    for x, error, text in (
-        (torch.ones(3), ValueError, "expected at least 2D input"),
-        (torch.ones(2, 4), RuntimeError, "running_mean should contain 4 elements not 3"),
-        (torch.ones(2, 3, dtype=torch.int64), NotImplementedError, "not implemented for 'Long'"),
-    ):
-        try:
-            layer(x)
-        except error as raised:
-            assert text in str(raised), raised
-        else:
-            raise AssertionError(f"no {error.__name__}")
-    assert layer.num_batches_tracked == 0

@@ -23,9 +23,8 @@ from cases import (
     Dtypes,
     Layout,
 )
+from operators import PHASES, moments_of
 from problem import Problem, make, make_active
-
-PHASES = torch.ops.bnext
 
 
 def of_mask(mask: Tensor) -> Tensor | None:
@@ -35,7 +34,7 @@ def of_mask(mask: Tensor) -> Tensor | None:
 def merged(parts: list[Tensor]) -> tuple[Tensor, int]:
     """Moments of all elements from those of parts, the plain way."""
     counts = [part.numel() // part.shape[1] for part in parts]
-    moments = [PHASES.moments(part) for part in parts]
+    moments = [moments_of(part) for part in parts]
     count = sum(counts)
     mean = sum(n * m[0] for n, m in zip(counts, moments, strict=True)) / count
     var = sum(n * (m[1] + (m[0] - mean) ** 2) for n, m in zip(counts, moments, strict=True)) / count
@@ -111,7 +110,7 @@ def test_the_same_bits_for_any_number_of_threads(threads: int, restore_threads: 
     results = []
     for used in (1, threads):
         torch.set_num_threads(used)
-        moments = PHASES.moments(problem.x)
+        moments = moments_of(problem.x)
         _, stats, _ = PHASES.normalize(problem.x, None, None, None, moments, 1e-5, None, None, True)
         given = (problem.dy, problem.x, None, None, None, None, stats)
         sums, _, _ = PHASES.grad_sums(*given, None, None)
@@ -123,20 +122,20 @@ def test_the_same_bits_for_any_number_of_threads(threads: int, restore_threads: 
 def test_moments_are_those_of_the_whole_operator(dtypes: Dtypes, device: str) -> None:
     """To the bit, and the variance itself where its inverse root would say nothing."""
     problem = make((6, 5, 9, 9), LAYOUT["nchw"], dtypes, UNTRACKED, device=device)
-    mean, var = PHASES.moments(problem.x)
+    mean, var = moments_of(problem.x)
     _, stats, _ = PHASES.batch_norm(
         problem.x, None, None, None, None, None, None, True, 0.1, 1e-5, True, [], None, None, False
     )
     assert torch.equal(mean, stats[0])
     torch.testing.assert_close((var + 1e-5).rsqrt(), stats[1], rtol=1e-15, atol=0)
-    constant = PHASES.moments(torch.full((2, 3, 4), 1e7, device=device))
+    constant = moments_of(torch.full((2, 3, 4), 1e7, device=device))
     assert torch.equal(constant.cpu(), torch.tensor([[1e7] * 3, [0.0] * 3], dtype=torch.float64))
 
 
 @pytest.mark.parametrize("shape", [(0, 3), (0, 3, 2, 2), (2, 3, 0)])
 def test_of_nothing(shape: tuple[int, ...], device: str) -> None:
     x = torch.empty(shape, device=device)
-    assert torch.equal(PHASES.moments(x).cpu(), torch.zeros(2, 3, dtype=torch.float64))
+    assert torch.equal(moments_of(x).cpu(), torch.zeros(2, 3, dtype=torch.float64))
     moments = torch.ones(2, 3, dtype=torch.float64, device=device)
     y, stats, _ = PHASES.normalize(x, None, None, None, moments, 1e-5, "relu", None, True)
     given = (x, x, None, None, None, None, stats)
@@ -158,13 +157,24 @@ def calls(device: str) -> dict[str, tuple[Any, ...]]:
         residual=LAYOUT["nhwc"],
     )
     p = problem
-    moments = PHASES.moments(p.x)
+    moments = moments_of(p.x)
     normalize = (p.x, p.residual, p.weight, p.bias, moments, p.eps, "relu", None, True)
     _, stats, mask = PHASES.normalize(*normalize)
     given = (p.dy, p.x, None, mask, p.weight, p.bias, stats)
     sums, _, _ = PHASES.grad_sums(*given, "relu", None)
     return {
-        "moments": (p.x,),
+        "moments": (
+            p.x,
+            p.residual,
+            p.weight,
+            p.bias,
+            None,
+            None,
+            torch.tensor(0, device=device),
+            p.eps,
+            "relu",
+            None,
+        ),
         "normalize": normalize,
         "grad_sums": (*given, "relu", None),
         "input_grad": (*given, sums, "relu", None, [True, True]),
@@ -183,67 +193,3 @@ def test_no_derivative_is_no_zero(phase: str) -> None:
     result = result if isinstance(result, Tensor) else result[0]
     with pytest.raises(RuntimeError, match=f"derivative for bnext::{phase} is not implemented"):
         result.sum().backward()
-
-
-X = torch.ones(4, 3, 2)
-STATS = torch.ones(2, 3, dtype=torch.float64)
-SUMS = torch.ones(3, 2, dtype=torch.float64)
-
-
-@pytest.mark.parametrize("meta", [False, True])
-@pytest.mark.parametrize(
-    ("moments", "text"),
-    [
-        (
-            torch.ones(2, 4).double(),
-            r"expected moments of size torch.Size\(\[2, 3\]\) .* got torch.Size\(\[2, 4\]",
-        ),
-        (torch.ones(2, 3), "expected moments of dtype Double, but got Float"),
-        (torch.ones(6).double(), "expected moments of size"),
-    ],
-)
-def test_bad_moments(moments: Tensor, text: str, meta: bool) -> None:
-    x, moments = (X.to("meta"), moments.to("meta")) if meta else (X, moments)
-    with pytest.raises(RuntimeError, match=text):
-        PHASES.normalize(x, None, None, None, moments, 1e-5, None, None, False)
-
-
-@pytest.mark.parametrize("meta", [False, True])
-@pytest.mark.parametrize(
-    ("sums", "text"),
-    [
-        (
-            torch.ones(2, 3).double(),
-            r"expected sums of size torch.Size\(\[3, 2\]\), but got torch.Size\(\[2, 3\]\)",
-        ),
-        (torch.ones(3, 2), "expected sums of dtype Double, but got Float"),
-    ],
-)
-def test_bad_sums(sums: Tensor, text: str, meta: bool) -> None:
-    given = [X, X, STATS, sums]
-    x, dy, stats, sums = [t.to("meta") for t in given] if meta else given
-    with pytest.raises(RuntimeError, match=text):
-        PHASES.input_grad(dy, x, None, None, None, None, stats, sums, None, None, [True, False])
-
-
-def test_what_whole_operators_refuse_phases_refuse() -> None:
-    with pytest.raises(NotImplementedError, match="not implemented for 'Int'"):
-        PHASES.moments(X.int())
-    with pytest.raises(RuntimeError, match="weight should contain 3 elements not 4"):
-        PHASES.normalize(X, None, torch.ones(4), None, STATS, 1e-5, None, None, False)
-    with pytest.raises(RuntimeError, match="expected dy of the input's size"):
-        PHASES.grad_sums(X[:1], X, None, None, None, None, STATS, None, None)
-    with pytest.raises(RuntimeError, match="expected dresidual only with an activation and a residual"):
-        PHASES.input_grad(X, X, None, None, None, None, STATS, SUMS, None, None, [True, True])
-
-
-def test_sums_off_a_boundary() -> None:
-    """Pairs that begin anywhere."""
-    memory = torch.zeros(7, dtype=torch.float64)
-    memory[1:] = torch.arange(6.0)
-    off, on = memory[1:].view(3, 2), memory[1:].clone().view(3, 2)
-    one, other = (
-        PHASES.input_grad(X, X, None, None, None, None, STATS, sums, None, None, [True, False])[0]
-        for sums in (off, on)
-    )
-    assert torch.equal(one, other)

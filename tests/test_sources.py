@@ -209,7 +209,8 @@ LOWER: dict[str, set[str]] = {
     "tracing.py": set(),
     "torch_activations.py": set(),
     "modules.py": {".functional", ".sync"},
-    "sync.py": {".torch_activations"},
+    "sync.py": {".sync_graph"},
+    "sync_graph.py": {".torch_activations"},
 }
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import distributed as dist
 from torch import multiprocessing
 
+import sync_uses  # noqa: F401 it adds its own
 from sync_scenarios import SCENARIOS
 
 pytestmark = pytest.mark.skipif(
