@@ -97,8 +97,7 @@ def judge_all(
                 try:
                     judge(problem, rank, world)
                 except Exception as error:
-                    error.add_note(repr(problem))
-                    raise
+                    raise AssertionError(repr(problem)) from error
 
 
 @scenario
