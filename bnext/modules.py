@@ -148,8 +148,8 @@ class SyncBatchNorm(FusedBatchNorm):
 
     :class:`torch.nn.SyncBatchNorm` with the same arguments and state, and the keywords ``unbiased_running_var``,
     ``activation`` and ``activation_param`` of :class:`bnext.BatchNorm1d`; called as ``layer(x, residual)`` it gives
-    ``activation(batch_norm(x) + residual)``. It takes CPU tensors as well as CUDA ones, processes may have no sample, and
-    gradients can be differentiated. Statistics are those of one process in eval, without a process group, and in a
+    ``activation(batch_norm(x) + residual)``. It takes CPU tensors as well as CUDA ones, processes may have no sample,
+    and gradients can be differentiated. Statistics are those of one process in eval, without a process group, and in a
     group of one.
 
     It is no subclass of torch's class, which DistributedDataParallel refuses on the CPU. Where it asks other processes
