@@ -14,12 +14,14 @@ from ._build_check import require_build
 
 require_build()
 
-from . import functional, memory, reference, reference_activations
+from . import batching, functional, memory, reference, reference_activations
 from ._C import CudaDevice, build_info
 from .conversion import convert, restore, synchronize
 from .fusion import fuse
 from .modules import BatchNorm1d, BatchNorm2d, BatchNorm3d, SyncBatchNorm
 from .planning import plan
+
+batching.register()
 
 __version__ = "0.1.0"
 

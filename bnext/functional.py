@@ -75,6 +75,9 @@ def batch_norm(
     dozen, around a center near the mean, and then in float64, as is all that follows per channel (Ioffe & Szegedy,
     "Batch Normalization", 2015, algorithms 1 and 2).
 
+    Derivatives are of any order, backward, forward and of one in the other; torch.vmap normalises all examples at once,
+    each with running statistics of its own if they are to be updated.
+
     Args:
         input: (N, C, ...) of float32, float64, bfloat16 or float16. Contiguous, channels_last and channels_last_3d
             input is read as it lies and gives output and gradient of that layout; any other gives contiguous ones.
@@ -109,8 +112,8 @@ def batch_norm(
         RuntimeError: a vector of another length, dtype or device; a residual of another size, dtype or device; no
             running statistics in inference; inplace on a leaf that requires grad or on memory that overlaps itself, and
             on the CPU with a weight of exactly 0 when a gradient will be asked for.
-        NotImplementedError: an input that is not floating point; forward-mode derivatives, as the operator has formulas
-            for backward alone; a second derivative with inplace, which would need the input that was overwritten.
+        NotImplementedError: an input that is not floating point; with inplace a second derivative, which would need the
+            input that was overwritten, or one in forward mode.
     """
     if inplace and residual is not None:
         raise ValueError(

@@ -1,9 +1,10 @@
-// The operators under autograd, to any order: a node where something requires a gradient, versions of what is
-// written. The backward is an operator of its own, whose derivative is written in differentiable torch
-// operations.
+// The operators under autograd, to any order and in either mode: a node where something requires a gradient,
+// a tangent where something has one, versions of what is written. The backward is an operator of its own,
+// whose derivatives are written in differentiable torch operations.
 #include <ATen/ATen.h>
 #include <torch/csrc/autograd/VariableTypeUtils.h>
 
+#include "forward_mode.h"
 #include "nodes.h"
 
 namespace bnext {
@@ -11,13 +12,12 @@ namespace {
 
 bool requires_grad(const OptionalTensor& t) { return present(t) && t->requires_grad(); }
 
-// In torch's words: nodes here know backward alone, and without this a tangent would be dropped in silence.
+// In torch's words. batch_norm_ would have to write its tangent over x's.
 template <class... Tensors>
 void refuse_forward_mode(const Tensors&... tensors) {
-  TORCH_CHECK_NOT_IMPLEMENTED(
-      !(torch::autograd::isFwGradDefined(tensors) || ...),
-      "Trying to use forward AD with bnext::batch_norm that does not support it because "
-      "it has not been implemented yet.");
+  TORCH_CHECK_NOT_IMPLEMENTED(!any_tangent(tensors...),
+                              "Trying to use forward AD with bnext::batch_norm_ that does not support it "
+                              "because it has not been implemented yet.");
 }
 
 // Of tensors that a training forward writes.
@@ -27,13 +27,11 @@ void bump_versions(std::initializer_list<OptionalTensor> written) {
   }
 }
 
-void check_differentiability(const at::Tensor& x, const OptionalTensor& residual,
-                             const OptionalTensor& weight, const OptionalTensor& bias,
-                             const OptionalTensor& running_mean, const OptionalTensor& running_var) {
+void check_differentiability(const at::Tensor& x, const OptionalTensor& running_mean,
+                             const OptionalTensor& running_var) {
   TORCH_CHECK(x.defined(), "expected input to be a tensor, but got None");
   require_not_differentiable("running_mean", running_mean);
   require_not_differentiable("running_var", running_var);
-  refuse_forward_mode(x, residual, weight, bias);
 }
 
 }  // namespace
@@ -45,7 +43,7 @@ ForwardResult batch_norm_autograd(const at::Tensor& x, const OptionalTensor& res
                                   std::optional<double> momentum, double eps, bool unbiased_running_var,
                                   at::IntArrayRef ndims, ActivationName activation,
                                   std::optional<double> activation_param, bool for_backward) {
-  check_differentiability(x, residual, weight, bias, running_mean, running_var);
+  check_differentiability(x, running_mean, running_var);
   Held<BatchNormNode> node;
   if (at::GradMode::is_enabled() &&
       (x.requires_grad() || requires_grad(residual) || requires_grad(weight) || requires_grad(bias))) {
@@ -65,6 +63,23 @@ ForwardResult batch_norm_autograd(const at::Tensor& x, const OptionalTensor& res
     node->stats = SavedVariable(stats, /*is_output=*/false);
     if (mask.sym_numel() != 0) node->mask = SavedVariable(mask, /*is_output=*/false);
   }
+  if (any_tangent(x, residual, weight, bias)) {
+    const ForwardCall call{x,
+                           residual,
+                           weight,
+                           bias,
+                           running_mean,
+                           running_var,
+                           num_batches_tracked,
+                           training,
+                           momentum,
+                           eps,
+                           unbiased_running_var,
+                           ndims,
+                           require_activation(activation, activation_param),
+                           for_backward};
+    y._set_fw_grad(forward_tangent(call, stats), /*level=*/0, /*is_inplace_op=*/false);
+  }
   if (training) bump_versions({running_mean, running_var, num_batches_tracked});
   return result;
 }
@@ -76,7 +91,8 @@ at::Tensor batch_norm_inplace_autograd(const at::Tensor& x, const OptionalTensor
                                        std::optional<double> momentum, double eps, bool unbiased_running_var,
                                        at::IntArrayRef ndims, ActivationName activation,
                                        std::optional<double> activation_param, bool for_backward) {
-  check_differentiability(x, std::nullopt, weight, bias, running_mean, running_var);
+  check_differentiability(x, running_mean, running_var);
+  refuse_forward_mode(x, weight, bias);
   const bool differentiable =
       at::GradMode::is_enabled() && (x.requires_grad() || requires_grad(weight) || requires_grad(bias));
   torch::autograd::check_inplace(x, differentiable);
@@ -111,7 +127,8 @@ BackwardResult batch_norm_backward_autograd(const at::Tensor& dy, const at::Tens
                                             const at::Tensor& stats, bool training, ActivationName activation,
                                             std::optional<double> activation_param, bool from_output,
                                             std::array<bool, 4> output_mask) {
-  refuse_forward_mode(dy, x, residual, weight, bias);
+  const bool has_tangent = any_tangent(dy, x, residual, weight, bias);
+  if (from_output) refuse_forward_mode(dy, x, weight, bias);
   Held<BatchNormBackwardNode> node;
   if (at::GradMode::is_enabled() && (dy.requires_grad() || x.requires_grad() || requires_grad(residual) ||
                                      requires_grad(weight) || requires_grad(bias))) {
@@ -126,6 +143,20 @@ BackwardResult batch_norm_backward_autograd(const at::Tensor& dy, const at::Tens
   }
   if (node) {
     std::apply([&](const auto&... outputs) { (torch::autograd::set_history(outputs, node), ...); }, result);
+  }
+  if (has_tangent) {
+    const BackwardCall call{dy,          x,          residual,
+                            mask,        weight,     bias,
+                            stats,       training,   require_activation(activation, activation_param),
+                            from_output, output_mask};
+    const BackwardResult tangents = backward_tangents(call);
+    const auto attach = [](const at::Tensor& output, const at::Tensor& tangent) {
+      if (tangent.defined()) output._set_fw_grad(tangent, /*level=*/0, /*is_inplace_op=*/false);
+    };
+    attach(std::get<0>(result), std::get<0>(tangents));
+    attach(std::get<1>(result), std::get<1>(tangents));
+    attach(std::get<2>(result), std::get<2>(tangents));
+    attach(std::get<3>(result), std::get<3>(tangents));
   }
   return result;
 }

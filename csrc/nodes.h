@@ -5,6 +5,7 @@
 // activation the mask, or the residual. Never a running buffer.
 #pragma once
 
+#include <torch/csrc/autograd/VariableTypeUtils.h>
 #include <torch/csrc/autograd/functions/utils.h>
 #include <torch/csrc/autograd/saved_variable.h>
 #include <torch/csrc/autograd/variable.h>
@@ -83,11 +84,19 @@ class KeptParameter {
  public:
   Likeness like;
 
-  // Under torch.func's transforms the outer levels have graphs of their own, in which only a copy stands.
+  // Under torch.func's transforms the outer levels have graphs of their own, in which only a copy stands; a
+  // tangent, too, is in no row of stats.
   explicit KeptParameter(const OptionalTensor& parameter) : like(parameter) {
-    if (!present(parameter) || !parameter->key_set().has(c10::DispatchKey::FuncTorchGradWrapper)) return;
-    at::AutoDispatchBelowADInplaceOrView below;
-    copy_ = SavedVariable(parameter->clone(), /*is_output=*/false);
+    if (!present(parameter)) return;
+    const bool has_tangent = torch::autograd::isFwGradDefined(parameter);
+    if (!has_tangent && !parameter->key_set().has(c10::DispatchKey::FuncTorchGradWrapper)) return;
+    at::Tensor copy;
+    {
+      at::AutoDispatchBelowADInplaceOrView below;
+      copy = parameter->clone();
+    }
+    if (has_tangent) copy._set_fw_grad(parameter->_fw_grad(0), /*level=*/0, /*is_inplace_op=*/false);
+    copy_ = SavedVariable(copy, /*is_output=*/false);
   }
 
   OptionalTensor unpack(const at::Tensor& stats, int64_t row, const torch::autograd::Edge& edge) const {

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 
 import bnext
 from bnext.functional import batch_norm
@@ -169,37 +168,6 @@ def test_func_grad_twice() -> None:
             torch.func.grad(lambda *t, f=f: penalty(f, *t), argument)(*leaves()) for f in (loss, composed)
         )
         close(ours.detach(), expected.detach())
-
-
-def dual(position: int, requires_grad: bool) -> Tensor:
-    with forward_ad.dual_level():
-        tensors = [t.requires_grad_(requires_grad) for t in leaves()]
-        tensors[position] = forward_ad.make_dual(tensors[position], torch.ones_like(tensors[position]))
-        return loss(*tensors)
-
-
-@pytest.mark.parametrize("requires_grad", [True, False])
-@pytest.mark.parametrize("position", [0, 1, 2])
-def test_forward_mode_is_refused(position: int, requires_grad: bool) -> None:
-    """Not supported; a tangent that was dropped would be a wrong zero."""
-    with pytest.raises(NotImplementedError, match="forward AD with bnext::batch_norm"):
-        dual(position, requires_grad)
-
-
-def test_forward_mode_is_refused_in_backward() -> None:
-    x, weight, bias = leaves()
-    y = batch_norm(x, None, None, weight, bias, training=True)
-    with (
-        forward_ad.dual_level(),
-        pytest.raises(NotImplementedError, match="forward AD with bnext::batch_norm"),
-    ):
-        torch.autograd.grad(y, x, forward_ad.make_dual(torch.ones_like(y), torch.ones_like(y)))
-
-
-def test_func_jvp_is_refused() -> None:
-    x = leaves()[0].detach()
-    with pytest.raises(NotImplementedError, match="forward AD with bnext::batch_norm"):
-        torch.func.jvp(lambda x: loss(x, None, None), (x,), (x,))
 
 
 def test_compiled_autograd_is_refused() -> None:

@@ -206,18 +206,3 @@ def test_backward_frees_what_was_saved() -> None:
     y.sum().backward()
     with pytest.raises(RuntimeError, match="second time"):
         y.sum().backward()
-
-
-def test_forward_mode_is_refused() -> None:
-    x = values().detach()
-    with (
-        torch.autograd.forward_ad.dual_level(),
-        pytest.raises(NotImplementedError, match="forward AD with bnext::batch_norm"),
-    ):
-        batch_norm(
-            torch.autograd.forward_ad.make_dual(x, torch.ones_like(x)),
-            None,
-            None,
-            training=True,
-            inplace=True,
-        )

@@ -216,13 +216,3 @@ def test_what_is_refused(case: str, active: str | None) -> None:
             call()
     for name, tensor in layer.state_dict().items():
         assert torch.equal(tensor, before[name]), name
-
-
-def test_forward_mode_is_refused() -> None:
-    x, residual = torch.randn(2, 4, 3)
-    with (
-        torch.autograd.forward_ad.dual_level(),
-        pytest.raises(NotImplementedError, match="forward AD with bnext::batch_norm"),
-    ):
-        dual = torch.autograd.forward_ad.make_dual(residual, torch.ones_like(residual))
-        batch_norm(x, None, None, training=True, residual=dual)

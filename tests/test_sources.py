@@ -188,10 +188,10 @@ def test_operators_are_registered_in_one_file() -> None:
 
 @pytest.mark.parametrize(
     ("way", "where"),
-    [("torch.ops.bnext", {"functional.py", "sync.py"}), ("_C.batch_norm", {"functional.py"})],
+    [("torch.ops.bnext", {"functional.py", "batching.py", "sync.py"}), ("_C.batch_norm", {"functional.py"})],
 )
-def test_two_python_files_call_the_operators(way: str, where: set[str]) -> None:
-    """One the whole ones, one their phases."""
+def test_few_python_files_call_the_operators(way: str, where: set[str]) -> None:
+    """One the whole ones, one those for many examples, one their phases."""
     assert {path.name for path in (ROOT / "bnext").glob("*.py") if way in path.read_text()} == where
 
 
@@ -200,6 +200,7 @@ LOWER: dict[str, set[str]] = {
     "reference.py": set(),
     "reference_activations.py": {".reference"},
     "functional.py": {"._C"},
+    "batching.py": set(),
     "memory.py": {"._C"},
     "fusion.py": {".conversion", ".equality", ".fused_forward", ".fused_graph", ".tracing"},
     "equality.py": {".conversion"},

@@ -1,0 +1,41 @@
+// The layer in torch operations, for derivatives that the kernels have no formula for: of any order, with
+// respect to anything. Rare, so clarity before speed.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include "calls.h"
+
+namespace bnext {
+
+// What these operations compute in: x's dtype, float32 for 16 bits.
+at::ScalarType math_dtype(const at::Tensor& x);
+
+// Shapes (C,) for broadcasting against x.
+at::Tensor along_channels(const at::Tensor& v, const at::Tensor& x);
+
+std::vector<int64_t> all_but_channels(const at::Tensor& x);
+
+// xhat and invstd, differentiable in x, so that derivatives of any order are right: the saved invstd is
+// 1/sqrt(var + eps) at a constant eps, which var and invstd together determine.
+struct Standardised {
+  at::Tensor xhat, invstd;
+};
+Standardised standardise(const at::Tensor& wide_x, const at::Tensor& stats, bool training);
+
+// P(v) = v - m(v) - xhat * m(v * xhat), m the mean over a channel: the projection behind dx = w r P(dz).
+// Self-adjoint; with fixed statistics the identity.
+at::Tensor project(const at::Tensor& v, const at::Tensor& xhat, bool training);
+
+// bn(x) + residual, of what these were before they were widened.
+at::Tensor activation_input(const at::Tensor& xhat, const OptionalTensor& residual,
+                            const OptionalTensor& weight, const OptionalTensor& bias);
+
+// dz = dy * act'(z), in operations that torch knows the derivatives of.
+at::Tensor activation_grad(const ActivationSpec& activation, const at::Tensor& dy, const at::Tensor& z);
+
+// The same by the mask of a forward pass over x.
+at::Tensor masked_grad(const ActivationSpec& activation, const at::Tensor& dy, const at::Tensor& mask,
+                       const at::Tensor& x);
+
+}  // namespace bnext
