@@ -3,6 +3,7 @@
 - BatchNorm1d, BatchNorm2d, BatchNorm3d: drop-in replacements of torch.nn's
 - SyncBatchNorm: the statistics of all processes of a group, on any device; synchronize: in a network that exists
 - convert, fuse: a network that exists gets them, in one line; restore: the way back
+- freeze, unfreeze: layers that stay in eval; hold_statistics, checkpoint_contexts: batches that move no statistics
 - functional.batch_norm: the function behind them
 - reference, reference_activations: the same in NumPy and float64, the specification
 - memory: what the blocks of large outputs keep, and how to limit it
@@ -17,7 +18,9 @@ require_build()
 from . import batching, functional, memory, reference, reference_activations
 from ._C import CudaDevice, build_info
 from .conversion import convert, restore, synchronize
+from .freezing import freeze, unfreeze
 from .fusion import fuse
+from .holding import checkpoint_contexts, hold_statistics
 from .modules import BatchNorm1d, BatchNorm2d, BatchNorm3d, SyncBatchNorm
 from .planning import plan
 
@@ -33,13 +36,17 @@ __all__ = [
     "SyncBatchNorm",
     "__version__",
     "build_info",
+    "checkpoint_contexts",
     "convert",
+    "freeze",
     "functional",
     "fuse",
+    "hold_statistics",
     "memory",
     "plan",
     "reference",
     "reference_activations",
     "restore",
     "synchronize",
+    "unfreeze",
 ]

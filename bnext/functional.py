@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from . import _C
+from .holding import are_held
 
 __all__ = ["ACTIVATIONS", "batch_norm", "check_activation"]
 
@@ -119,6 +120,8 @@ def batch_norm(
         raise ValueError(
             "expected inplace=True without a residual: backward could not tell it from the normalised input"
         )
+    if training and are_held():
+        running_mean = running_var = num_batches_tracked = None
     arguments = (
         weight,
         bias,

@@ -1,14 +1,20 @@
 """Drop-in replacements of torch.nn.BatchNorm1d, 2d and 3d, and of SyncBatchNorm: state, nothing else."""
 
-from typing import Any, ClassVar
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
 from .functional import batch_norm, check_activation
+from .holding import are_held
 from .sync import Running
 from .sync import batch_norm as sync_batch_norm
+
+if TYPE_CHECKING:
+    from typing_extensions import Self  # typing's from Python 3.11 on
 
 __all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "SyncBatchNorm"]
 
@@ -50,6 +56,11 @@ class FusedBatchNorm(nn.modules.batchnorm._BatchNorm):
         self.activation = activation
         self.activation_param = activation_param
         self.inplace = inplace
+        self.frozen = False
+
+    def train(self, mode: bool = True) -> Self:
+        """As every module's, but a layer that :func:`bnext.freeze` has frozen stays in eval."""
+        return super().train(mode and not self.frozen)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # A pickle of torch's class, or of ours from before there was one of these.
@@ -58,6 +69,7 @@ class FusedBatchNorm(nn.modules.batchnorm._BatchNorm):
             "activation": None,
             "activation_param": None,
             "inplace": False,
+            "frozen": False,
         }
         super().__setstate__(defaults | state)
 
@@ -72,6 +84,8 @@ class FusedBatchNorm(nn.modules.batchnorm._BatchNorm):
             line += f", activation_param={self.activation_param}"
         if self.inplace:
             line += ", inplace=True"
+        if self.frozen:
+            line += ", frozen=True"
         return line
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
@@ -189,7 +203,8 @@ class SyncBatchNorm(FusedBatchNorm):
         if group is None:
             return super().forward(input, residual)
         weight, bias, running_mean, running_var, counter = self._tensors()
-        tracked = (running_mean, running_var, counter) if self.track_running_stats else (None, None, None)
+        tracking = self.track_running_stats and not are_held()
+        tracked = (running_mean, running_var, counter) if tracking else (None, None, None)
         return sync_batch_norm(
             input,
             Running(*tracked, self.momentum, self.unbiased_running_var),

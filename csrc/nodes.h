@@ -1,8 +1,9 @@
 // Autograd nodes of the operators.
 //
-// What the forward keeps: x, or y where that was written over x; the statistics, with weight and bias as they
-// were, for loading a state between forward and backward must not disturb backward; between a residual and an
-// activation the mask, or the residual. Never a running buffer.
+// What the forward keeps: x, or y where that was written over x, or neither where statistics are fixed and
+// only dy is needed; the statistics, with weight and bias as they were, for loading a state between forward
+// and backward must not disturb backward; between a residual and an activation the mask, or the residual.
+// Never a running buffer.
 #pragma once
 
 #include <torch/csrc/autograd/VariableTypeUtils.h>
@@ -119,7 +120,8 @@ class KeptParameter {
 // From y to x, residual, weight and bias: written out as torch's own nodes are, because
 // torch::autograd::Function takes longer than a small batch does.
 struct BatchNormNode : torch::autograd::Node {
-  SavedVariable x;  // from_output: y, an output of this node
+  SavedVariable x;                              // from_output: y, an output of this node
+  std::optional<at::MemoryFormat> format_of_x;  // in place of x
   SavedVariable residual, mask, stats;
   KeptParameter weight, bias;
   bool training, from_output;
@@ -134,8 +136,13 @@ struct BatchNormNode : torch::autograd::Node {
         training(training),
         from_output(from_output),
         activation(activation) {
-    if (!from_output) x = SavedVariable(input, /*is_output=*/false);
-    if (present(given_residual) && activation.spec && !is_masked(activation.spec.kind)) {
+    const bool masked = present(given_residual) && is_masked(activation.spec.kind);
+    if (needs_x(input, given_weight, masked)) {
+      if (!from_output) x = SavedVariable(input, /*is_output=*/false);
+    } else {
+      format_of_x = memory_format_of(input);
+    }
+    if (present(given_residual) && activation.spec && !masked) {
       residual = SavedVariable(*given_residual, /*is_output=*/false);
     }
   }
@@ -159,17 +166,32 @@ struct BatchNormNode : torch::autograd::Node {
     if (wants_residual && !activation.spec) result[1] = dy;
     if (wanted == std::array<bool, 4>{}) return result;
     const at::Tensor kept = stats.unpack();
+    at::Tensor gradient = dy, input = from_output ? x.unpack(held<Node>(this)) : x.unpack();
+    if (format_of_x) {  // anything like x will do for x
+      gradient = dy.contiguous(*format_of_x);
+      input = gradient.detach();
+    }
     OptionalTensor b;  // takes part in the activation's input, and in x where y stands for it
     if (activation.spec || from_output) b = bias.unpack(kept, kKeptBias, next_edge(3));
-    auto [dx, dweight, dbias, dresidual] = backward_operator().call(
-        dy, from_output ? x.unpack(held<Node>(this)) : x.unpack(), optional(residual.unpack()),
-        optional(mask.unpack()), weight.unpack(kept, kKeptWeight, next_edge(2)), b, kept, training,
-        activation.name, activation.param, from_output, wanted);
+    auto [dx, dweight, dbias, dresidual] =
+        backward_operator().call(gradient, input, optional(residual.unpack()), optional(mask.unpack()),
+                                 weight.unpack(kept, kKeptWeight, next_edge(2)), b, kept, training,
+                                 activation.name, activation.param, from_output, wanted);
     if (wanted[0]) result[0] = std::move(dx);
     if (wanted[1]) result[2] = weight.like.of(std::move(dweight));
     if (wanted[2]) result[3] = bias.like.of(std::move(dbias));
     if (wanted[3]) result[1] = std::move(dresidual);
     return result;
+  }
+
+ private:
+  // Fixed statistics make of dz all but the weight's gradient. torch.func's tensors do not tell their format.
+  bool needs_x(const Variable& input, const OptionalTensor& given_weight, bool masked) const {
+    const auto transformed =
+        c10::DispatchKeySet({c10::DispatchKey::FuncTorchBatched, c10::DispatchKey::FuncTorchGradWrapper});
+    return training || from_output || (activation.spec && !masked) ||
+           (bnext::present(given_weight) && given_weight->requires_grad()) ||
+           input.key_set().has_any(transformed);
   }
 };
 

@@ -1,0 +1,46 @@
+"""Running statistics held while a batch is seen that should not move them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+
+__all__ = ["are_held", "checkpoint_contexts", "hold_statistics"]
+
+_depth = 0  # of the process: data parallelism and backward run layers in threads of their own
+
+
+def are_held() -> bool:
+    """Whether a :func:`hold_statistics` is in force."""
+    return _depth > 0
+
+
+@contextmanager
+def hold_statistics() -> Iterator[None]:
+    """Within it layers in training normalise as ever, and leave running statistics and counters alone.
+
+    For a batch seen twice (sharpness-aware minimisation, checkpointing) or one that is not of the data (adversarial
+    ones). It holds for all of bnext's layers, those of every thread, and in eval it means nothing::
+
+        with bnext.hold_statistics():
+            loss(model(perturbed)).backward()
+    """
+    global _depth
+    _depth += 1
+    try:
+        yield
+    finally:
+        _depth -= 1
+
+
+def checkpoint_contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """For ``torch.utils.checkpoint``, whose second forward would update running statistics once more.
+
+    ::
+
+        checkpoint(block, x, use_reentrant=False, context_fn=bnext.checkpoint_contexts)
+
+    Returns:
+        What the forward runs in, nothing, and what its repetition in backward does, :func:`hold_statistics`.
+    """
+    return nullcontext(), hold_statistics()

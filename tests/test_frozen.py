@@ -1,0 +1,170 @@
+"""Frozen layers: in eval for good, torch's gradients of that, and nothing kept that backward does not need."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import bnext
+from benchmarks.blocks import kept_bytes
+from cases import ACTIVE, LAYOUT, Active
+
+SHAPE = (4, 6, 5, 3)
+
+
+def network(layer: type[nn.Module] = bnext.BatchNorm2d) -> nn.Sequential:
+    torch.manual_seed(0)
+    made = nn.Sequential(nn.Conv2d(3, 6, 1), layer(6), nn.ReLU(), nn.Conv2d(6, 6, 1), layer(6))
+    for module in made:
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_()
+            module.running_var.uniform_(0.5, 2)
+            nn.init.normal_(module.weight)
+    return made
+
+
+def test_stays_in_eval(device: str) -> None:
+    """Whatever is called: outputs and gradients are those of torch's layers in eval, statistics stay."""
+    ours, torchs = bnext.freeze(network().to(device)), network(nn.BatchNorm2d).to(device).eval()
+    before = {name: t.clone() for name, t in ours.state_dict().items()}
+    x = torch.randn(2, 3, 4, 5, device=device)
+    for mode in (True, False, True):
+        assert ours.train(mode) is ours and ours.training == mode
+        assert [m.training for m in ours] == [mode, False, mode, mode, False]
+        results = [model(x) for model in (ours, torchs)]
+        torch.testing.assert_close(*results)
+        grads = [
+            torch.autograd.grad(y.sin().sum(), (m[0].weight, m[3].bias))
+            for y, m in zip(results, (ours, torchs), strict=True)
+        ]
+        torch.testing.assert_close(*grads)
+    for name, t in ours.state_dict().items():
+        assert torch.equal(t, before[name])
+    assert [p.requires_grad for p in ours[1].parameters()] == [False, False]
+
+
+def test_and_back() -> None:
+    model = bnext.freeze(network())
+    assert "frozen=True" in repr(model[1])
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        other.train()
+        assert not other[1].training and other[1].frozen
+    assert bnext.unfreeze(model) is model and "frozen" not in repr(model[1])
+    assert not model[1].training and all(p.requires_grad for p in model.parameters())
+    assert model.train()[1].training
+    counter = model[1].num_batches_tracked.clone()
+    model(torch.randn(2, 3, 4, 5))
+    assert model[1].num_batches_tracked == counter + 1
+    bnext.freeze(model, affine=False)
+    assert not model[1].training and all(p.requires_grad for p in model.parameters())
+
+
+def test_restore_leaves_eval() -> None:
+    model = bnext.restore(bnext.freeze(network()).train())
+    assert type(model[1]) is nn.BatchNorm2d and not model[1].training and not hasattr(model[1], "frozen")
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_in_networks(fused: bool) -> None:
+    """One layer, a synchronized one, and what fuse makes of a frozen network."""
+    layer = bnext.freeze(bnext.BatchNorm2d(3))
+    assert not layer.train().training
+    assert not bnext.synchronize(bnext.freeze(network())).train()[4].training
+    x = torch.randn(2, 3, 4, 5)
+    model = bnext.freeze(network()).train()
+    other = bnext.fuse(model, x) if fused else torch.compile(model, fullgraph=True, backend="aot_eager")
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    torch.testing.assert_close(other(x), model(x))
+    other.train()
+    torch.testing.assert_close(other(x), model(x))
+    for name, t in model.state_dict().items():
+        assert torch.equal(t, before[name])
+
+
+def test_refusals() -> None:
+    mixed = nn.Sequential(bnext.BatchNorm2d(3), nn.BatchNorm2d(3))
+    untracked = nn.Sequential(bnext.BatchNorm2d(3), bnext.BatchNorm2d(3, track_running_stats=False))
+    cases: list[tuple[Callable[..., object], nn.Module, str]] = [
+        (bnext.freeze, mixed, "'1' is a torch.nn.modules.batchnorm.BatchNorm2d"),
+        (bnext.unfreeze, mixed, "'1' is a torch.nn.modules.batchnorm.BatchNorm2d"),
+        (bnext.freeze, untracked, "with running statistics, but '1' has none"),
+        (bnext.freeze, nn.ReLU(), "ReLU has none"),
+    ]
+    for function, module, text in cases:
+        with pytest.raises(ValueError, match=text):
+            function(module)
+        assert all(m.training for m in module.modules())
+        assert not any(getattr(m, "frozen", False) for m in module.modules())
+
+
+# What backward needs of x in eval, by form and by what requires grad: an activation's slope and dweight do.
+def needs_x(active: Active | None, residual: bool, weight: bool) -> bool:
+    masked = residual and active is not None and active.activation in ("relu", "leaky_relu", "relu6")
+    return weight or (active is not None and not masked)
+
+
+@pytest.mark.parametrize("layout", ["nchw", "nhwc", "hwnc"])
+@pytest.mark.parametrize("weight", [False, True], ids=["frozen", "weight"])
+@pytest.mark.parametrize("residual", [False, True], ids=["alone", "residual"])
+@pytest.mark.parametrize("active", [None, *ACTIVE], ids=str)
+def test_keeps_nothing_needless(
+    active: Active | None, residual: bool, weight: bool, layout: str, device: str
+) -> None:
+    """And the gradients are those of a backward that has x, to second order, wherever dy lies."""
+    given = (None, None) if active is None else (active.activation, active.activation_param)
+    layer = bnext.BatchNorm2d(6, activation=given[0], activation_param=given[1]).to(device, torch.float64)
+    layer.running_mean.normal_()
+    nn.init.normal_(layer.weight)
+    bnext.freeze(layer).train()
+    layer.bias.requires_grad_()
+    layer.weight.requires_grad_(weight)
+    source = LAYOUT[layout].arrange(torch.randn(SHAPE, device=device, dtype=torch.float64))
+    added = torch.randn(SHAPE, device=device, dtype=torch.float64).requires_grad_()
+    leaves = [source.requires_grad_(), layer.bias, *[added] * residual]
+
+    def forward() -> Tensor:
+        y: Tensor = layer(source * 1, *[added] * residual)
+        return y
+
+    x_bytes = source.numel() * 8
+    kept = kept_bytes(forward, (source, added, layer.bias, layer.weight))
+    more = 4 * 6 * 8 + source.numel() // 8 + 16  # stats, and a mask
+    assert kept <= x_bytes * needs_x(active, residual, weight) + more
+    assert kept >= x_bytes * needs_x(active, residual, weight)
+
+    grads = []
+    for whole in (False, True):
+        layer.weight.requires_grad_(whole or weight)
+        y = forward()
+        dy = (
+            torch.linspace(-1, 1, y.numel(), device=device, dtype=torch.float64)
+            .view(SHAPE[::-1])
+            .permute(3, 2, 1, 0)
+        )
+        dy.requires_grad_()
+        first = torch.autograd.grad(y, leaves, dy, create_graph=True)
+        second = torch.autograd.grad(sum(g.sin().sum() for g in first), dy)
+        grads.append((*first, *second))
+    for one, other in zip(*grads, strict=True):
+        assert torch.equal(one, other) and one.stride() == other.stride()
+
+
+def test_x_may_change_where_it_is_not_kept(device: str) -> None:
+    """As after torch's additions; where it is kept the change is an error."""
+    for affine in (True, False):
+        layer = bnext.freeze(bnext.BatchNorm2d(6), affine).to(device)
+        x = torch.randn(SHAPE, device=device, requires_grad=True)
+        h = x * 1
+        y = layer(h)
+        h.add_(1)
+        if affine:
+            (dx,) = torch.autograd.grad(y, x, torch.ones_like(y))
+            torch.testing.assert_close(dx, torch.full_like(dx, (1 + 1e-5) ** -0.5))
+        else:
+            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                y.sum().backward()
