@@ -36,7 +36,9 @@ class _Call:
     """An operator's call for `count` examples: `given` by the schema's names, `dims` the examples' dimension in it."""
 
     def __init__(self, operator: Any, dims: tuple[Any, ...], given: tuple[Any, ...], count: int) -> None:
-        names = [argument.name for argument in operator._schema.arguments]
+        names = [argument.name for argument in operator._schema.arguments][
+            : len(given)
+        ]  # the rest have their defaults
         self.operator, self.count = operator, count
         self.given: dict[str, Any] = dict(zip(names, given, strict=True))
         tensors = zip(names, given, dims, strict=True)

@@ -26,6 +26,7 @@ OUR_ATTRIBUTES = {  # that torch's layers lack
     "activation": None,
     "activation_param": None,
     "inplace": False,
+    "skip_nonfinite": False,
     "frozen": False,
 }
 
@@ -131,7 +132,8 @@ def restore(module: nn.Module) -> nn.Module:
     class and would drop an activation in silence. A layer without activation stays the same object; if it is called
     with a residual it then raises TypeError, as torch's do. One with an activation becomes ``norm`` in a
     :class:`NormActivation`, which takes a residual too, so that keys of its state dict gain ``.norm``. What had
-    ``inplace=True`` no longer writes to its input, and what was frozen is in eval until ``train()`` is called.
+    ``inplace=True`` no longer writes to its input, what was frozen is in eval until ``train()`` is called, and batches
+    that are not finite are no longer skipped.
 
     Args:
         module: any module, not one that :func:`bnext.fuse` gave: the one that was fused is still there, and shares its

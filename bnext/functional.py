@@ -60,6 +60,7 @@ def batch_norm(
     activation_param: float | None = None,
     residual: Tensor | None = None,
     inplace: bool = False,
+    skip_nonfinite: bool = False,
     _ndims: Sequence[int] = (),
 ) -> Tensor:
     r"""Batch normalization over every dimension but 1, as :func:`torch.nn.functional.batch_norm`, and what follows it.
@@ -103,6 +104,10 @@ def batch_norm(
             of. It is then off by the rounding of y to its dtype times ``|z / weight|``, and by more where the
             activation is flat. Without an activation, or with leaky_relu or elu of a positive parameter.
 
+        skip_nonfinite: in training, a channel whose mean or variance in this batch is not finite leaves its running
+            statistics as they are, where it would spoil them for good: a step that a gradient scaler for float16 skips
+            has often had such a batch.
+
     Returns:
         (N, C, ...) of the input's dtype; with inplace the input itself.
 
@@ -136,6 +141,7 @@ def batch_norm(
         activation,
         activation_param,
         False,  # for_backward: autograd sets it
+        skip_nonfinite,
     )
     if inplace:
         torch.ops.bnext.batch_norm_.default(input, *arguments)

@@ -47,6 +47,7 @@ class FusedBatchNorm(nn.modules.batchnorm._BatchNorm):
         activation: str | None = None,
         activation_param: float | None = None,
         inplace: bool = False,
+        skip_nonfinite: bool = False,
     ) -> None:
         check_activation(activation, activation_param, inplace)
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype)
@@ -56,6 +57,7 @@ class FusedBatchNorm(nn.modules.batchnorm._BatchNorm):
         self.activation = activation
         self.activation_param = activation_param
         self.inplace = inplace
+        self.skip_nonfinite = skip_nonfinite
         self.frozen = False
 
     def train(self, mode: bool = True) -> Self:
@@ -69,6 +71,7 @@ class FusedBatchNorm(nn.modules.batchnorm._BatchNorm):
             "activation": None,
             "activation_param": None,
             "inplace": False,
+            "skip_nonfinite": False,
             "frozen": False,
         }
         super().__setstate__(defaults | state)
@@ -84,6 +87,8 @@ class FusedBatchNorm(nn.modules.batchnorm._BatchNorm):
             line += f", activation_param={self.activation_param}"
         if self.inplace:
             line += ", inplace=True"
+        if self.skip_nonfinite:
+            line += ", skip_nonfinite=True"
         if self.frozen:
             line += ", frozen=True"
         return line
@@ -112,6 +117,7 @@ class FusedBatchNorm(nn.modules.batchnorm._BatchNorm):
             activation_param=self.activation_param,
             residual=residual,
             inplace=self.inplace,
+            skip_nonfinite=self.skip_nonfinite,
             _ndims=self._ndims,
         )
 
@@ -136,8 +142,9 @@ class BatchNorm1d(FusedBatchNorm, nn.BatchNorm1d):
 
     :class:`torch.nn.BatchNorm1d` with the same arguments, state and errors, and the keywords ``unbiased_running_var``
     (False: the running variance takes the biased batch variance, as Flax and Keras do), ``activation`` and
-    ``activation_param`` (the layer gives ``activation(batch_norm(x))``), and ``inplace`` (True: over x, which backward
-    recovers from the output). Called as ``layer(x, residual)`` it gives ``activation(batch_norm(x) + residual)``. See
+    ``activation_param`` (the layer gives ``activation(batch_norm(x))``), ``inplace`` (True: over x, which backward
+    recovers from the output), and ``skip_nonfinite`` (True: a channel whose batch is not finite leaves its running
+    statistics alone). Called as ``layer(x, residual)`` it gives ``activation(batch_norm(x) + residual)``. See
     :func:`bnext.functional.batch_norm`. The constructor raises ValueError for an activation that is not known, and with
     ``inplace`` for one that has no inverse; so does a call with ``inplace`` and a residual.
     """
@@ -161,10 +168,10 @@ class SyncBatchNorm(FusedBatchNorm):
     """Batch normalization of (N, C, ...) input over the batches of all processes of a group.
 
     :class:`torch.nn.SyncBatchNorm` with the same arguments and state, and the keywords ``unbiased_running_var``,
-    ``activation`` and ``activation_param`` of :class:`bnext.BatchNorm1d`; called as ``layer(x, residual)`` it gives
-    ``activation(batch_norm(x) + residual)``. It takes CPU tensors as well as CUDA ones, processes may have no sample,
-    and gradients can be differentiated. Statistics are those of one process in eval, without a process group, and in a
-    group of one.
+    ``activation``, ``activation_param`` and ``skip_nonfinite`` of :class:`bnext.BatchNorm1d`; called as
+    ``layer(x, residual)`` it gives ``activation(batch_norm(x) + residual)``. It takes CPU tensors as well as CUDA ones,
+    processes may have no sample, and gradients can be differentiated. Statistics are those of one process in eval,
+    without a process group, and in a group of one.
 
     It is no subclass of torch's class, which DistributedDataParallel refuses on the CPU. Where it asks other processes
     torch.compile takes it in one graph, but torch.fx does not trace it.
@@ -207,7 +214,7 @@ class SyncBatchNorm(FusedBatchNorm):
         tracked = (running_mean, running_var, counter) if tracking else (None, None, None)
         return sync_batch_norm(
             input,
-            Running(*tracked, self.momentum, self.unbiased_running_var),
+            Running(*tracked, self.momentum, self.unbiased_running_var, self.skip_nonfinite),
             weight,
             bias,
             self.eps,

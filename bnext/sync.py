@@ -27,6 +27,7 @@ class Running(NamedTuple):
     num_batches_tracked: Tensor | None
     momentum: float | None
     unbiased: bool
+    skip_nonfinite: bool = False
 
     def update(self, moments: Tensor, count: Tensor) -> None:
         """By moments (2, C) of count elements, 0-d. Of 0 the counter goes up and the statistics stay as they are."""
@@ -35,11 +36,15 @@ class Running(NamedTuple):
             factor = 1 / (self.num_batches_tracked.reshape(()) + 1).double()
         if self.mean is not None and self.var is not None and not (isinstance(factor, float) and factor == 0):
             mean, var = moments.unbind()
+            moves = (count > 0).expand_as(mean)
+            if self.skip_nonfinite:
+                moves = moves & mean.isfinite() & var.isfinite()
             if self.unbiased:
                 var = var * (count / (count - 1).clamp(min=1))
             for running, batch in ((self.mean, mean), (self.var, var)):
                 old = running.double()
-                running.copy_(torch.where(count > 0, (1 - factor) * old + factor * batch.view_as(old), old))
+                new = (1 - factor) * old + factor * batch.view_as(old)
+                running.copy_(torch.where(moves.view_as(old), new, old))
         if self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
 

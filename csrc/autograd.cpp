@@ -42,7 +42,8 @@ ForwardResult batch_norm_autograd(const at::Tensor& x, const OptionalTensor& res
                                   const OptionalTensor& num_batches_tracked, bool training,
                                   std::optional<double> momentum, double eps, bool unbiased_running_var,
                                   at::IntArrayRef ndims, ActivationName activation,
-                                  std::optional<double> activation_param, bool for_backward) {
+                                  std::optional<double> activation_param, bool for_backward,
+                                  bool skip_nonfinite) {
   check_differentiability(x, running_mean, running_var);
   Held<BatchNormNode> node;
   if (at::GradMode::is_enabled() &&
@@ -53,9 +54,9 @@ ForwardResult batch_norm_autograd(const at::Tensor& x, const OptionalTensor& res
   ForwardResult result;
   {
     at::AutoDispatchBelowADInplaceOrView below;
-    result = forward_operator().call(x, residual, weight, bias, running_mean, running_var,
-                                     num_batches_tracked, training, momentum, eps, unbiased_running_var,
-                                     ndims, activation, activation_param, for_backward || node);
+    result = forward_operator().call(
+        x, residual, weight, bias, running_mean, running_var, num_batches_tracked, training, momentum, eps,
+        unbiased_running_var, ndims, activation, activation_param, for_backward || node, skip_nonfinite);
   }
   const auto& [y, stats, mask] = result;
   if (node) {
@@ -77,7 +78,8 @@ ForwardResult batch_norm_autograd(const at::Tensor& x, const OptionalTensor& res
                            unbiased_running_var,
                            ndims,
                            require_activation(activation, activation_param),
-                           for_backward};
+                           for_backward,
+                           skip_nonfinite};
     y._set_fw_grad(forward_tangent(call, stats), /*level=*/0, /*is_inplace_op=*/false);
   }
   if (training) bump_versions({running_mean, running_var, num_batches_tracked});
@@ -90,7 +92,8 @@ at::Tensor batch_norm_inplace_autograd(const at::Tensor& x, const OptionalTensor
                                        const OptionalTensor& num_batches_tracked, bool training,
                                        std::optional<double> momentum, double eps, bool unbiased_running_var,
                                        at::IntArrayRef ndims, ActivationName activation,
-                                       std::optional<double> activation_param, bool for_backward) {
+                                       std::optional<double> activation_param, bool for_backward,
+                                       bool skip_nonfinite) {
   check_differentiability(x, running_mean, running_var);
   refuse_forward_mode(x, weight, bias);
   const bool differentiable =
@@ -109,7 +112,7 @@ at::Tensor batch_norm_inplace_autograd(const at::Tensor& x, const OptionalTensor
     at::AutoDispatchBelowADInplaceOrView below;
     stats = inplace_operator().call(x, weight, bias, running_mean, running_var, num_batches_tracked, training,
                                     momentum, eps, unbiased_running_var, ndims, activation, activation_param,
-                                    for_backward || node);
+                                    for_backward || node, skip_nonfinite);
   }
   bump_versions({x});
   if (node) {

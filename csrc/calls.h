@@ -20,6 +20,7 @@ struct ForwardCall {
   at::IntArrayRef ndims;
   ActivationSpec activation;
   bool for_backward;
+  bool skip_nonfinite;
   bool exact_statistics = false;  // running ones are float64 beside any input
   bool alone = true;              // else one value per channel will do, as others have some
 
@@ -84,10 +85,10 @@ ForwardResult batch_norm(const at::Tensor& x, const OptionalTensor& residual, co
                          const OptionalTensor& running_var, const OptionalTensor& num_batches_tracked,
                          bool training, std::optional<double> momentum, double eps, bool unbiased_running_var,
                          at::IntArrayRef ndims, ActivationName activation,
-                         std::optional<double> activation_param, bool for_backward) {
+                         std::optional<double> activation_param, bool for_backward, bool skip_nonfinite) {
   return Implementation({x, residual, weight, bias, running_mean, running_var, num_batches_tracked, training,
                          momentum, eps, unbiased_running_var, ndims,
-                         require_activation(activation, activation_param), for_backward});
+                         require_activation(activation, activation_param), for_backward, skip_nonfinite});
 }
 
 template <at::Tensor (*Implementation)(const ForwardCall&)>
@@ -96,10 +97,11 @@ at::Tensor batch_norm_inplace(const at::Tensor& x, const OptionalTensor& weight,
                               const OptionalTensor& num_batches_tracked, bool training,
                               std::optional<double> momentum, double eps, bool unbiased_running_var,
                               at::IntArrayRef ndims, ActivationName activation,
-                              std::optional<double> activation_param, bool for_backward) {
+                              std::optional<double> activation_param, bool for_backward,
+                              bool skip_nonfinite) {
   return Implementation({x, std::nullopt, weight, bias, running_mean, running_var, num_batches_tracked,
                          training, momentum, eps, unbiased_running_var, ndims,
-                         require_activation(activation, activation_param), for_backward});
+                         require_activation(activation, activation_param), for_backward, skip_nonfinite});
 }
 
 template <BackwardResult (*Implementation)(const BackwardCall&)>

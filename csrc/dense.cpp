@@ -77,6 +77,7 @@ at::Tensor run_forward(const ForwardCall& call, const Input& input, const at::Te
   args.cumulative = !call.momentum.has_value();
   args.batch_statistics = call.training;
   args.unbiased_running_var = call.unbiased_running_var;
+  args.skip_nonfinite = call.skip_nonfinite;
   args.activation = call.activation;
   run(args, call.training ? Pass::forward : Pass::inference, x);
   if (call.for_backward && x.numel() == 0) {  // no kernel walks its channels

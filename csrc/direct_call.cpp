@@ -75,21 +75,22 @@ PyObject* batch_norm_direct(PyObject*, PyObject* const* args, Py_ssize_t count) 
   c10::SmallVector<int64_t, 4> ndims;
   ActivationName activation;
   std::optional<double> activation_param;
-  bool for_backward = false;
-  const bool direct = count == 15 && read(args[0], x) && read(args[1], residual) && read(args[2], weight) &&
+  bool for_backward = false, skip_nonfinite = false;
+  const bool direct = count == 16 && read(args[0], x) && read(args[1], residual) && read(args[2], weight) &&
                       read(args[3], bias) && read(args[4], running_mean) && read(args[5], running_var) &&
                       read(args[6], num_batches_tracked) && read(args[7], training) &&
                       read(args[8], momentum) && read(args[9], eps) && read(args[10], unbiased_running_var) &&
                       read(args[11], ndims) && read(args[12], activation) &&
                       read(args[13], activation_param) && read(args[14], for_backward) &&
-                      !at::impl::torch_function_mode_enabled() && !torch::jit::tracer::isTracing();
+                      read(args[15], skip_nonfinite) && !at::impl::torch_function_mode_enabled() &&
+                      !torch::jit::tracer::isTracing();
   if (!direct) Py_RETURN_NONE;
   at::Tensor y;
   {
     pybind11::gil_scoped_release no_gil;
     y = std::get<0>(forward_operator().call(
         x, residual, weight, bias, running_mean, running_var, num_batches_tracked, training, momentum, eps,
-        unbiased_running_var, ndims, activation, activation_param, for_backward));
+        unbiased_running_var, ndims, activation, activation_param, for_backward, skip_nonfinite));
   }
   return THPVariable_Wrap(std::move(y));
   END_HANDLE_TH_ERRORS

@@ -66,6 +66,8 @@ struct Moments {
   double var;  // biased
 };
 
+BNEXT_HOST_DEVICE bool is_finite(const Moments& m) { return m.mean - m.mean == 0 && m.var - m.var == 0; }
+
 // The center is an element of the channel (or 0), so n*(mean-c)^2 <= n*M2: cancellation in M2 costs at most a
 // factor n.
 BNEXT_HOST_DEVICE Moments moments_from_sums(double center, const Sums& sums, double inverse_count) {

@@ -25,20 +25,21 @@ TORCH_LIBRARY(bnext, m) {
   // batch statistics, running ones are updated if given; momentum None: cumulative average over
   // num_batches_tracked. ndims: the ranks allowed, any from 2 if empty. residual: added before the
   // activation, which goes by its name in activation.h. for_backward: also the mask (see args.h) that a
-  // residual and an activation with two slopes need, else mask is empty.
+  // residual and an activation with two slopes need, else mask is empty. skip_nonfinite: where a batch's mean
+  // or variance is not finite the running ones stay.
   m.def(
       "batch_norm(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, "
       "Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, bool training, float? momentum, float eps, "
-      "bool unbiased_running_var, int[] ndims, str? activation, float? activation_param, bool for_backward) "
-      "-> (Tensor y, Tensor stats, Tensor mask)",
+      "bool unbiased_running_var, int[] ndims, str? activation, float? activation_param, bool for_backward, "
+      "bool skip_nonfinite=False) -> (Tensor y, Tensor stats, Tensor mask)",
       {at::Tag::pt2_compliant_tag});
   // The same over x, with an activation that has an inverse. for_backward: refuses what a backward could not
   // recover x from.
   m.def(
       "batch_norm_(Tensor(d!) x, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, "
       "Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, bool training, float? momentum, float eps, "
-      "bool unbiased_running_var, int[] ndims, str? activation, float? activation_param, bool for_backward) "
-      "-> Tensor stats",
+      "bool unbiased_running_var, int[] ndims, str? activation, float? activation_param, bool for_backward, "
+      "bool skip_nonfinite=False) -> Tensor stats",
       {at::Tag::pt2_compliant_tag});
   // Their gradients, from the stats they returned and the mask, or else from the activation's input, computed
   // again from x and residual. weight and bias may also be those of stats. from_output: x is what batch_norm_

@@ -25,7 +25,8 @@ using ForwardSignature = ForwardResult(const at::Tensor& x, const OptionalTensor
                                        const OptionalTensor& num_batches_tracked, bool training,
                                        std::optional<double> momentum, double eps, bool unbiased_running_var,
                                        at::IntArrayRef ndims, ActivationName activation,
-                                       std::optional<double> activation_param, bool for_backward);
+                                       std::optional<double> activation_param, bool for_backward,
+                                       bool skip_nonfinite);
 // Over x; returns stats.
 using InplaceSignature = at::Tensor(const at::Tensor& x, const OptionalTensor& weight,
                                     const OptionalTensor& bias, const OptionalTensor& running_mean,
@@ -33,7 +34,8 @@ using InplaceSignature = at::Tensor(const at::Tensor& x, const OptionalTensor& w
                                     const OptionalTensor& num_batches_tracked, bool training,
                                     std::optional<double> momentum, double eps, bool unbiased_running_var,
                                     at::IntArrayRef ndims, ActivationName activation,
-                                    std::optional<double> activation_param, bool for_backward);
+                                    std::optional<double> activation_param, bool for_backward,
+                                    bool skip_nonfinite);
 using BackwardSignature = BackwardResult(const at::Tensor& dy, const at::Tensor& x,
                                          const OptionalTensor& residual, const OptionalTensor& mask,
                                          const OptionalTensor& weight, const OptionalTensor& bias,

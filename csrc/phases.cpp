@@ -46,6 +46,7 @@ ForwardResult with_moments(const at::Tensor& x, const OptionalTensor& residual, 
                        {},
                        require_activation(activation, activation_param),
                        for_backward,
+                       /*skip_nonfinite=*/false,
                        /*exact_statistics=*/true});
 }
 
@@ -68,7 +69,8 @@ void require_training(const at::Tensor& x, const OptionalTensor& residual, const
                    true,
                    {},
                    require_activation(activation, activation_param),
-                   /*for_backward=*/false};
+                   /*for_backward=*/false,
+                   /*skip_nonfinite=*/false};
   call.alone = false;
   call.check();
   require_not_differentiable("running_mean", running_mean);

@@ -137,6 +137,7 @@ class HostCall:
             p.batch,
             p.momentum is None,
             p.unbiased,
+            p.skip_nonfinite,
             p.inplace,
             self.masked,
             self.backward,

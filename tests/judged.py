@@ -46,6 +46,7 @@ class Judged:
     momentum: float | None = 0.1
     eps: float = 1e-5
     unbiased: bool = True
+    skip_nonfinite: bool = False
     activation: str | None = None
     activation_param: float | None = None
     residual: Tensor | None = None

@@ -43,6 +43,7 @@ class Problem(Judged):
             self.momentum,
             self.eps,
             unbiased_running_var=self.unbiased,
+            skip_nonfinite=self.skip_nonfinite,
             activation=self.activation,
             activation_param=self.activation_param,
             residual=self.residual,

@@ -203,6 +203,13 @@ def what_is_not_finite(rank: int, world: int) -> None:
         torch.testing.assert_close(ours(share(x, rank, world)), share(alone(x), rank, world), equal_nan=True)
         torch.testing.assert_close(ours.running_mean, alone.running_mean, equal_nan=True)
         torch.testing.assert_close(ours.running_var, alone.running_var, equal_nan=True)
+        skipping = bnext.SyncBatchNorm(3, dtype=dtype, skip_nonfinite=True)
+        skipping(share(x, rank, world))
+        for buffer, one, before in (
+            (skipping.running_mean, alone.running_mean, 0),
+            (skipping.running_var, alone.running_var, 1),
+        ):
+            torch.testing.assert_close(buffer, torch.where(alone.running_var.isfinite(), one, before))
 
 
 @scenario

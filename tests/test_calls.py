@@ -30,7 +30,15 @@ NAMES = (
     "momentum",
     "eps",
 )
-ORDER = (*NAMES, "unbiased_running_var", "ndims", "activation", "activation_param", "for_backward")
+ORDER = (
+    *NAMES,
+    "unbiased_running_var",
+    "ndims",
+    "activation",
+    "activation_param",
+    "for_backward",
+    "skip_nonfinite",
+)
 
 
 class Logged(Tensor):
@@ -62,6 +70,7 @@ def arguments(**changes: Any) -> dict[str, Any]:
         "activation": None,
         "activation_param": None,
         "for_backward": False,
+        "skip_nonfinite": False,
     }
     return given | changes
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import bnext
-from bnext.conversion import NormActivation
+from bnext.conversion import OUR_ATTRIBUTES, NormActivation
 from cases import ACTIVE, Active
 from networks import NETWORKS, Net, images, make, step
 from test_fusion import CLOSE, every_network, module_of
@@ -156,7 +156,7 @@ def test_what_torch_cannot_do() -> None:
     assert kinds(network) == before and network[0].activation == "relu"
 
 
-@pytest.mark.parametrize("attribute", ["activation", "activation_param", "inplace", "unbiased_running_var"])
+@pytest.mark.parametrize("attribute", OUR_ATTRIBUTES)
 def test_a_layer_that_has_an_attribute_of_ours_is_not_converted(attribute: str) -> None:
     """Somebody's own: a tag, or a child, which must not become what ours means by it."""
     for given in ("relu", nn.ReLU()):

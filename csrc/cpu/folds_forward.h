@@ -72,11 +72,17 @@ void update_running(const ForwardFold& fold, int64_t c, int64_t n, const double*
   const double bessel =
       args.unbiased_running_var ? unbiased_var(1, static_cast<double>(args.extent.count())) : 1;
   double running[kFoldChannels];
+  bool moves[kFoldChannels];
+  for (int64_t k = 0; k < n; ++k) moves[k] = !args.skip_nonfinite || is_finite(Moments{mean[k], var[k]});
+  const auto update = [&](int64_t k, double batch) __attribute__((always_inline)) {
+    const double updated = running_update(running[k], batch, factor);
+    return moves[k] ? updated : running[k];
+  };
   read_channels(args.running_mean, c, n, 0, running);
-  for (int64_t k = 0; k < n; ++k) running[k] = running_update(running[k], mean[k], factor);
+  for (int64_t k = 0; k < n; ++k) running[k] = update(k, mean[k]);
   write_channels(args.running_mean, c, n, running);
   read_channels(args.running_var, c, n, 0, running);
-  for (int64_t k = 0; k < n; ++k) running[k] = running_update(running[k], var[k] * bessel, factor);
+  for (int64_t k = 0; k < n; ++k) running[k] = update(k, var[k] * bessel);
   write_channels(args.running_var, c, n, running);
 }
 

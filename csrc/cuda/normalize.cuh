@@ -107,7 +107,7 @@ struct MomentsReducer {
     if (a.var != nullptr) store(a.var + c, m.var);
     keep_parameters(a, c);
     const double weight = factor();
-    if (!a.running_mean || weight == 0) return;
+    if (!a.running_mean || weight == 0 || (a.skip_nonfinite && !is_finite(m))) return;
     const double var = a.unbiased_running_var ? unbiased_var(m.var, count) : m.var;
     write_channel(a.running_mean, c, running_update(read_channel(a.running_mean, c, 0), m.mean, weight));
     write_channel(a.running_var, c, running_update(read_channel(a.running_var, c, 0), var, weight));

@@ -34,7 +34,7 @@ struct Call {
   int64_t outer, channels, inner;
   int64_t dtype, parameter_dtype;  // as in storage.h
   int64_t has_residual, has_weight, has_bias, has_running, has_counter;
-  int64_t training, cumulative, unbiased;
+  int64_t training, cumulative, unbiased, skip_nonfinite;
   int64_t in_place, mask;  // y over x; forward writes a mask, which backward reads
   int64_t backward, want_dx, want_dweight, want_dbias, want_dresidual;
   // Elements from a boundary of 16 bytes to the tensor.
@@ -209,6 +209,7 @@ void make(const Call& call, std::istream& in, std::ostream& out) {
   forward.cumulative = call.cumulative != 0;
   forward.batch_statistics = call.training != 0;
   forward.unbiased_running_var = call.unbiased != 0;
+  forward.skip_nonfinite = call.skip_nonfinite != 0;
   forward.activation = {static_cast<Activation>(call.activation), call.activation_param};
   Took forward_took{}, backward_took{};
   Buffer* const moments = buffers.empty(call.phases != 0, 3 * channels * sizeof(double));
