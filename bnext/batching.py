@@ -58,11 +58,14 @@ class _Call:
             for name, value in self.given.items()
         }
 
-    def check(self) -> None:
-        """Raises what one example's call would, with its sizes in the text, before anything is written."""
+    def check(self, error: Exception | None = None) -> None:
+        """Raises what one example's call would, with its sizes in the text: for `error`, or before something else."""
         meta = {name: a.to("meta") if isinstance(a, Tensor) else a for name, a in self.example(0).items()}
-        with torch.no_grad():
-            self.operator(**meta)
+        try:
+            with torch.no_grad():
+                self.operator(**meta)
+        except (RuntimeError, ValueError) as known:
+            raise known from error
 
     def one_by_one(self) -> _Result:
         results = []
@@ -85,7 +88,11 @@ class _Call:
             name: t.flatten(1, 2) if name in CHANNELS else t.reshape(-1) for name, t in examples.items()
         }
         counters = self.own_counters
-        outputs = self.operator(**(self.given | folded | ({} if counters is None else {COUNTER: None})))
+        try:
+            outputs = self.operator(**(self.given | folded | ({} if counters is None else {COUNTER: None})))
+        except (RuntimeError, ValueError) as error:
+            self.check(error)
+            raise
         for name in written:
             if not _is_view(examples[name], name):
                 examples[name].copy_(folded[name].view_as(examples[name]))
@@ -141,6 +148,7 @@ def _update_what_is_common(call: _Call) -> tuple[str, ...]:
     _require_statistics_of_their_own(call)
     if call.dims["running_mean"] is not None:
         return RUNNING
+    call.check()
     plain: dict[str, Any] = dict.fromkeys(("residual", "weight", "bias", "activation", "activation_param"))
     counts = call.own_counters is None
     with torch.no_grad():
@@ -151,7 +159,6 @@ def _update_what_is_common(call: _Call) -> tuple[str, ...]:
 
 def _batch_norm(info: Info, dims: tuple[Any, ...], *given: Any) -> _Result:
     call = _Call(torch.ops.bnext.batch_norm.default, dims, given, info.batch_size)
-    call.check()
     written = _update_what_is_common(call)
     residual, activation = call.given["residual"], call.given["activation"]
     keeps_mask = call.given["for_backward"] and residual is not None and activation in MASKED
@@ -168,7 +175,6 @@ def _batch_norm_(info: Info, dims: tuple[Any, ...], *given: Any) -> _Result:
             "vmap: the input, which inplace=True writes over, is not mapped over, but other tensors are: expected a "
             "mapped input, or inplace=False"
         )
-    call.check()
     written = _update_what_is_common(call)
     if call.own_counters is not None and call.given["momentum"] is None:
         return call.one_by_one()
@@ -177,7 +183,6 @@ def _batch_norm_(info: Info, dims: tuple[Any, ...], *given: Any) -> _Result:
 
 def _batch_norm_backward(info: Info, dims: tuple[Any, ...], *given: Any) -> _Result:
     call = _Call(torch.ops.bnext.batch_norm_backward.default, dims, given, info.batch_size)
-    call.check()
     if call.given["mask"] is not None:
         return call.one_by_one()
     channels = (1, 0, 0, 1)  # dimension of dx, dweight, dbias, dresidual
