@@ -36,9 +36,10 @@ class _Call:
     """An operator's call for `count` examples: `given` by the schema's names, `dims` the examples' dimension in it."""
 
     def __init__(self, operator: Any, dims: tuple[Any, ...], given: tuple[Any, ...], count: int) -> None:
-        names = [argument.name for argument in operator._schema.arguments][
-            : len(given)
-        ]  # the rest have their defaults
+        if count == 0:
+            raise RuntimeError("vmap: expected at least one example, but got a mapped dimension of size 0")
+        known = [argument.name for argument in operator._schema.arguments]
+        names = known[: len(given)]  # the rest have their defaults
         self.operator, self.count = operator, count
         self.given: dict[str, Any] = dict(zip(names, given, strict=True))
         tensors = zip(names, given, dims, strict=True)
@@ -67,6 +68,18 @@ class _Call:
         except (RuntimeError, ValueError) as known:
             raise known from error
 
+    def require_memory_for_each(self, written: tuple[str, ...]) -> None:
+        """That no example would write over another's, or over a counter."""
+        for name in (*written, COUNTER) if self.own_counters is not None else written:
+            t, dim = self.given[name], self.dims[name]
+            if dim is not None and self.count > 1 and t.stride(dim) == 0:
+                raise RuntimeError(
+                    f"vmap: expected {name} with memory of its own for every example, but they share it"
+                )
+        counters = self.own_counters
+        if counters is not None and (counters.numel() != self.count or counters.dtype != torch.int64):
+            self.check()
+
     def one_by_one(self) -> _Result:
         results = []
         for index in range(self.count):
@@ -75,27 +88,33 @@ class _Call:
             if counter is not None and self.own_counters is None and index + 1 < self.count:
                 example[COUNTER] = counter.clone()  # the examples' one counter goes up once
             results.append(self.operator(**example))
-        if isinstance(results[0], Tensor):
-            return torch.stack(results), 0
         return tuple(torch.stack(outputs) for outputs in zip(*results, strict=True)), (0,) * len(results[0])
 
     def at_once(self, written: tuple[str, ...] = ()) -> Any:
         """The outputs of one call with all channels. written: what it updates in place, each with examples of it."""
-        examples = {
-            name: self._examples(name) for name in (*CHANNELS, *VECTORS) if self.given.get(name) is not None
-        }
-        folded = {
-            name: t.flatten(1, 2) if name in CHANNELS else t.reshape(-1) for name, t in examples.items()
-        }
         counters = self.own_counters
         try:
+            examples = {
+                name: self._examples(name)
+                for name in (*CHANNELS, *VECTORS)
+                if self.given.get(name) is not None
+            }
+            folded = {
+                name: t.flatten(1, 2) if name in CHANNELS else t.reshape(-1) for name, t in examples.items()
+            }
+            copies = [name for name in written if not _is_view(examples[name], name)]
+            for (
+                name
+            ) in copies:  # what cannot be written later is not written now either, nor is anything else
+                examples[name].copy_(folded[name].view_as(examples[name]))
+            if counters is not None:
+                counters.add_(0)
             outputs = self.operator(**(self.given | folded | ({} if counters is None else {COUNTER: None})))
-        except (RuntimeError, ValueError) as error:
+        except (RuntimeError, ValueError, IndexError) as error:
             self.check(error)
             raise
-        for name in written:
-            if not _is_view(examples[name], name):
-                examples[name].copy_(folded[name].view_as(examples[name]))
+        for name in copies:
+            examples[name].copy_(folded[name].view_as(examples[name]))
         if counters is not None:
             counters.add_(1)
         return outputs
@@ -114,10 +133,11 @@ class _Call:
 
 def _is_view(examples: Tensor, name: str) -> bool:
     """Whether folding them was no copy."""
-    if name not in CHANNELS:
+    first = 1 if name in CHANNELS else 0
+    if not first and examples.dim() != 2:
         return examples.is_contiguous()
-    _, count, channels, *_ = examples.shape
-    _, outer, inner, *_ = examples.stride()
+    count, channels = examples.shape[first : first + 2]
+    outer, inner = examples.stride()[first : first + 2]
     return bool(outer == channels * inner or 1 in (count, channels))
 
 
@@ -160,6 +180,7 @@ def _update_what_is_common(call: _Call) -> tuple[str, ...]:
 def _batch_norm(info: Info, dims: tuple[Any, ...], *given: Any) -> _Result:
     call = _Call(torch.ops.bnext.batch_norm.default, dims, given, info.batch_size)
     written = _update_what_is_common(call)
+    call.require_memory_for_each(written)
     residual, activation = call.given["residual"], call.given["activation"]
     keeps_mask = call.given["for_backward"] and residual is not None and activation in MASKED
     if keeps_mask or (call.own_counters is not None and call.given["momentum"] is None):
@@ -175,10 +196,14 @@ def _batch_norm_(info: Info, dims: tuple[Any, ...], *given: Any) -> _Result:
             "vmap: the input, which inplace=True writes over, is not mapped over, but other tensors are: expected a "
             "mapped input, or inplace=False"
         )
-    written = _update_what_is_common(call)
     if call.own_counters is not None and call.given["momentum"] is None:
-        return call.one_by_one()
-    return call.unfold(call.at_once(("x", *written)), 1), 1
+        raise RuntimeError(
+            "vmap: with inplace=True and momentum=None, num_batches_tracked is mapped over: expected one counter for "
+            "all examples, or inplace=False"
+        )
+    written = ("x", *_update_what_is_common(call))
+    call.require_memory_for_each(written)
+    return call.unfold(call.at_once(written), 1), 1
 
 
 def _batch_norm_backward(info: Info, dims: tuple[Any, ...], *given: Any) -> _Result:

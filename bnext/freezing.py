@@ -66,6 +66,6 @@ def _set(module: Network, layers: dict[str, FusedBatchNorm], frozen: bool, affin
     for layer in layers.values():
         layer.frozen = frozen
         layer.train(layer.training)
-        for parameter in layer.parameters(recurse=False) if affine else ():
+        for parameter in layer.parameters() if affine else ():
             parameter.requires_grad_(not frozen)
     return module

@@ -103,9 +103,9 @@ def batch_norm(
             which recovers the normalised input from it: ``(z - bias) / weight`` with the z that y is the activation
             of. It is then off by the rounding of y to its dtype times ``|z / weight|``, and by more where the
             activation is flat. Without an activation, or with leaky_relu or elu of a positive parameter.
-        skip_nonfinite: in training, a channel whose mean or variance in this batch is not finite leaves its running
-            statistics as they are, where it would spoil them for good: a step that a gradient scaler for float16 skips
-            has often had such a batch.
+        skip_nonfinite: in training, a channel of which a running statistic would become infinite or NaN keeps both as
+            they are, instead of being spoilt for good: a step that a gradient scaler for float16 skips has often had
+            such a batch. The batch counts all the same, also in the cumulative average, where it repeats the old value.
 
     Returns:
         (N, C, ...) of the input's dtype; with inplace the input itself.

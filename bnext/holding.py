@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ContextDecorator, nullcontext
 
 __all__ = ["are_held", "checkpoint_contexts", "hold_statistics"]
 
@@ -15,8 +14,7 @@ def are_held() -> bool:
     return _depth > 0
 
 
-@contextmanager
-def hold_statistics() -> Iterator[None]:
+class hold_statistics(ContextDecorator):
     """Within it layers in training normalise as ever, and leave running statistics and counters alone.
 
     For a batch seen twice (sharpness-aware minimisation, checkpointing) or one that is not of the data (adversarial
@@ -24,12 +22,16 @@ def hold_statistics() -> Iterator[None]:
 
         with bnext.hold_statistics():
             loss(model(perturbed)).backward()
+
+    It may be entered again, within itself too, and decorates functions.
     """
-    global _depth
-    _depth += 1
-    try:
-        yield
-    finally:
+
+    def __enter__(self) -> None:
+        global _depth
+        _depth += 1
+
+    def __exit__(self, *error: object) -> None:
+        global _depth
         _depth -= 1
 
 
@@ -39,6 +41,8 @@ def checkpoint_contexts() -> tuple[AbstractContextManager[None], AbstractContext
     ::
 
         checkpoint(block, x, use_reentrant=False, context_fn=bnext.checkpoint_contexts)
+
+    Not under torch.compile, whose checkpointing takes contexts of another kind.
 
     Returns:
         What the forward runs in, nothing, and what its repetition in backward does, :func:`hold_statistics`.

@@ -62,7 +62,8 @@ class FusedBatchNorm(nn.modules.batchnorm._BatchNorm):
 
     def train(self, mode: bool = True) -> Self:
         """As every module's, but a layer that :func:`bnext.freeze` has frozen stays in eval."""
-        return super().train(mode and not self.frozen)
+        super().train(mode)
+        return super().train(False) if self.frozen else self
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # A pickle of torch's class, or of ours from before there was one of these.

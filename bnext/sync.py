@@ -36,15 +36,15 @@ class Running(NamedTuple):
             factor = 1 / (self.num_batches_tracked.reshape(()) + 1).double()
         if self.mean is not None and self.var is not None and not (isinstance(factor, float) and factor == 0):
             mean, var = moments.unbind()
-            moves = (count > 0).expand_as(mean)
-            if self.skip_nonfinite:
-                moves = moves & mean.isfinite() & var.isfinite()
             if self.unbiased:
                 var = var * (count / (count - 1).clamp(min=1))
-            for running, batch in ((self.mean, mean), (self.var, var)):
-                old = running.double()
-                new = (1 - factor) * old + factor * batch.view_as(old)
-                running.copy_(torch.where(moves.view_as(old), new, old))
+            pairs = ((self.mean, mean), (self.var, var))
+            new = [((1 - factor) * r.double() + factor * b.view_as(r)).to(r.dtype) for r, b in pairs]
+            moves = (count > 0).expand_as(mean)
+            if self.skip_nonfinite:
+                moves = moves & new[0].isfinite().view_as(mean) & new[1].isfinite().view_as(mean)
+            for (running, _), value in zip(pairs, new, strict=True):
+                running.copy_(torch.where(moves.view_as(running), value, running))
         if self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
 

@@ -66,7 +66,7 @@ struct ForwardArgs {
   bool cumulative = false;  // momentum = 1 / num_batches_tracked instead
   bool batch_statistics = false;
   bool unbiased_running_var = true;
-  bool skip_nonfinite = false;  // running statistics stay where the batch's are not finite
+  bool skip_nonfinite = false;  // running statistics stay where new ones would not be finite
   ActivationSpec activation;
 };
 

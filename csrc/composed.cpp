@@ -41,17 +41,14 @@ std::vector<int64_t> all_but_channels(const at::Tensor& x) {
 
 Standardised standardise(const at::Tensor& wide_x, const at::Tensor& stats, bool training) {
   const auto math = wide_x.scalar_type();
+  const at::Tensor saved_invstd = along_channels(stats.select(0, 1), wide_x).to(math);
+  const at::Tensor xhat = (wide_x - along_channels(stats.select(0, 0), wide_x).to(math)) * saved_invstd;
+  if (!training) return {xhat, saved_invstd};
   const std::vector<int64_t> dims = all_but_channels(wide_x);
-  const at::Tensor saved_invstd = along_channels(stats.select(0, 1), wide_x);
-  at::Tensor r = saved_invstd.to(math);
-  at::Tensor centered = wide_x - along_channels(stats.select(0, 0), wide_x).to(math);
-  if (training) {
-    centered = centered - centered.mean(dims, true);  // zero in value: carries the derivative of the mean
-    const at::Tensor var = (centered * centered).mean(dims, true);
-    const at::Tensor eps = (saved_invstd.pow(-2) - var.detach().to(at::kDouble)).to(math);
-    r = (var + eps).rsqrt();
-  }
-  return {centered * r, r};
+  const at::Tensor centered = xhat - xhat.mean(dims, true);
+  const at::Tensor var = (centered * centered).mean(dims, true);
+  const at::Tensor factor = (var + (1 - var.detach())).rsqrt();
+  return {centered * factor, saved_invstd * factor};
 }
 
 at::Tensor project(const at::Tensor& v, const at::Tensor& xhat, bool training) {

@@ -16,8 +16,9 @@ at::Tensor along_channels(const at::Tensor& v, const at::Tensor& x);
 
 std::vector<int64_t> all_but_channels(const at::Tensor& x);
 
-// xhat and invstd, differentiable in x, so that derivatives of any order are right: the saved invstd is
-// 1/sqrt(var + eps) at a constant eps, which var and invstd together determine.
+// xhat and invstd, differentiable in x, so that derivatives of any order are right. Of x in units of
+// sqrt(var + eps), as it was saved: then var + eps is 1 in value, at a constant eps, and nothing overflows;
+// the mean is 0 in value, and carries its derivative.
 struct Standardised {
   at::Tensor xhat, invstd;
 };

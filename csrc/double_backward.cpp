@@ -37,21 +37,25 @@ BackwardInputs without_activation(const Cotangents& to, const at::Tensor& given_
   const at::Tensor& xhat = standardised;
   auto projected = [&](const at::Tensor& v) { return project(v, xhat, training); };
 
-  const at::Tensor zero = at::zeros({1}, x.options());
+  // A term without a cotangent is left out, as 0 times infinity is no 0.
   const at::Tensor gx = given(to.dx) ? to.dx.to(math) : at::zeros_like(x);
-  const at::Tensor gw = given(to.dweight) ? along_channels(to.dweight.to(math), x) : zero;
-  const at::Tensor gb = given(to.dbias) ? along_channels(to.dbias.to(math), x) : zero;
-
   const at::Tensor projected_dy = projected(dy);
-  BackwardInputs result;
-  result.dy = (w * r * projected(gx) + gw * xhat + gb).to(given_dy.scalar_type());
-  at::Tensor to_x = gw * r * projected_dy;
-  if (training) {
-    to_x =
-        to_x - w * r * r *
-                   (xhat * m(gx * projected_dy) + m(dy * xhat) * projected(gx) + m(gx * xhat) * projected_dy);
+  at::Tensor to_dy = w * r * projected(gx), to_x;
+  if (given(to.dweight)) {
+    const at::Tensor gw = along_channels(to.dweight.to(math), x);
+    to_dy = to_dy + gw * xhat;
+    to_x = gw * r * projected_dy;
   }
-  result.x = to_x.to(given_x.scalar_type());
+  if (given(to.dbias)) to_dy = to_dy + along_channels(to.dbias.to(math), x);
+  if (training) {
+    const at::Tensor through_statistics =
+        w * r * r *
+        (xhat * m(gx * projected_dy) + m(dy * xhat) * projected(gx) + m(gx * xhat) * projected_dy);
+    to_x = to_x.defined() ? to_x - through_statistics : -through_statistics;
+  }
+  BackwardInputs result;
+  result.dy = to_dy.to(given_dy.scalar_type());
+  if (to_x.defined()) result.x = to_x.to(given_x.scalar_type());
   if (weight.defined()) {
     result.weight = (gx * r * projected_dy).sum(dims).to(weight.scalar_type()).view_as(weight);
   }
@@ -96,7 +100,7 @@ BackwardInputs double_backward(const Cotangents& to, const BackwardInputs& given
   const auto [more_x, more_weight, to_bias, none] = backward_operator().call(
       through[1].to(x.scalar_type()), x, std::nullopt, std::nullopt, w, std::nullopt, stats, training,
       std::nullopt, std::nullopt, false, {true, weight.defined(), bias.defined(), false});
-  result.x = result.x + more_x;
+  result.x = result.x.defined() ? result.x + more_x : more_x;
   if (weight.defined()) result.weight = result.weight + more_weight.to(weight.scalar_type()).view_as(weight);
   if (bias.defined()) result.bias = to_bias.to(bias.scalar_type()).view_as(bias);
   return result;

@@ -66,8 +66,6 @@ struct Moments {
   double var;  // biased
 };
 
-BNEXT_HOST_DEVICE bool is_finite(const Moments& m) { return m.mean - m.mean == 0 && m.var - m.var == 0; }
-
 // The center is an element of the channel (or 0), so n*(mean-c)^2 <= n*M2: cancellation in M2 costs at most a
 // factor n.
 BNEXT_HOST_DEVICE Moments moments_from_sums(double center, const Sums& sums, double inverse_count) {
@@ -90,6 +88,15 @@ BNEXT_HOST_DEVICE double unbiased_var(double var, double count) { return var * (
 // Not to be asked with factor 0, which keeps the old value whatever the batch holds (0 * NaN would not).
 BNEXT_HOST_DEVICE double running_update(double running, double batch, double factor) {
   return (1 - factor) * running + factor * batch;
+}
+
+// Whether dtype holds it as a finite number.
+BNEXT_HOST_DEVICE bool fits(double value, Dtype dtype) {
+  const double largest = dtype == Dtype::float16    ? 65504.0
+                         : dtype == Dtype::bfloat16 ? 0x1.fep127
+                         : dtype == Dtype::float32  ? 0x1.fffffep127
+                                                    : 0x1.fffffffffffffp1023;
+  return std::abs(value) <= largest;
 }
 
 // y = (x - center) * scale + offset

@@ -25,8 +25,8 @@ TORCH_LIBRARY(bnext, m) {
   // batch statistics, running ones are updated if given; momentum None: cumulative average over
   // num_batches_tracked. ndims: the ranks allowed, any from 2 if empty. residual: added before the
   // activation, which goes by its name in activation.h. for_backward: also the mask (see args.h) that a
-  // residual and an activation with two slopes need, else mask is empty. skip_nonfinite: where a batch's mean
-  // or variance is not finite the running ones stay.
+  // residual and an activation with two slopes need, else mask is empty. skip_nonfinite: where new running
+  // statistics would not be finite the old ones stay.
   m.def(
       "batch_norm(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, "
       "Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, bool training, float? momentum, float eps, "

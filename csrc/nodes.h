@@ -168,8 +168,8 @@ struct BatchNormNode : torch::autograd::Node {
     const at::Tensor kept = stats.unpack();
     at::Tensor gradient = dy, input = from_output ? x.unpack(held<Node>(this)) : x.unpack();
     if (format_of_x) {  // anything like x will do for x
-      gradient = dy.contiguous(*format_of_x);
-      input = gradient.detach();
+      if (tells_its_format(dy)) gradient = dy.contiguous(*format_of_x);
+      input = gradient;
     }
     OptionalTensor b;  // takes part in the activation's input, and in x where y stands for it
     if (activation.spec || from_output) b = bias.unpack(kept, kKeptBias, next_edge(3));
@@ -185,13 +185,18 @@ struct BatchNormNode : torch::autograd::Node {
   }
 
  private:
-  // Fixed statistics make of dz all but the weight's gradient. torch.func's tensors do not tell their format.
+  // Fixed statistics make of dz all but the weight's gradient.
   bool needs_x(const Variable& input, const OptionalTensor& given_weight, bool masked) const {
-    const auto transformed =
-        c10::DispatchKeySet({c10::DispatchKey::FuncTorchBatched, c10::DispatchKey::FuncTorchGradWrapper});
     return training || from_output || (activation.spec && !masked) ||
-           (bnext::present(given_weight) && given_weight->requires_grad()) ||
-           input.key_set().has_any(transformed);
+           (bnext::present(given_weight) && given_weight->requires_grad()) || !tells_its_format(input);
+  }
+
+  // Tensors of vmap do not, nor may a tangent be one of those.
+  static bool tells_its_format(const Variable& t) {
+    const auto transformed =
+        c10::DispatchKeySet({c10::DispatchKey::Batched, c10::DispatchKey::FuncTorchBatched,
+                             c10::DispatchKey::FuncTorchGradWrapper});
+    return !t.key_set().has_any(transformed) && !torch::autograd::isFwGradDefined(t);
   }
 };
 

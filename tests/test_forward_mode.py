@@ -182,6 +182,21 @@ def test_a_network(device: str) -> None:
     close(*products)
 
 
+def test_large_input(device: str) -> None:
+    """Squares that are none in float32 are taken of standardised values."""
+    x, *parameters = tensors("nc", False, device, torch.float32)
+    along = tuple(t.cos() for t in parameters)
+    found = []
+    for scale in (1.0, 1e25):
+        large = x * scale
+
+        def function(*given: Tensor, x: Tensor = large) -> Tensor:
+            return form(None, True, device).ours(x, *given)
+
+        found.append(jvp(function, tuple(parameters), along))
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)  # but for eps
+
+
 def test_inplace_refuses(device: str) -> None:
     """Its tangent would be written over that of x; what is dropped in silence would be a wrong zero."""
     x, weight, bias = tensors("nc", False, device)

@@ -154,6 +154,40 @@ def test_keeps_nothing_needless(
         assert torch.equal(one, other) and one.stride() == other.stride()
 
 
+@pytest.mark.parametrize("layout", ["nchw", "nhwc"])
+@pytest.mark.parametrize("active", [None, Active("relu")], ids=str)
+def test_batched_gradients(active: Active | None, layout: str, device: str) -> None:
+    """As torch.autograd.functional's vectorized Jacobians ask for."""
+    layer = bnext.BatchNorm2d(6, activation=active and active.activation).to(device, torch.float64)
+    bnext.freeze(layer)
+    made = torch.randn(2, 6, 2, 1, device=device, dtype=torch.float64)
+    x = LAYOUT[layout].arrange(made).requires_grad_()
+    residual = torch.randn_like(made).requires_grad_()
+    assert torch.autograd.gradcheck(layer, (x, residual), check_batched_grad=True)
+
+
+def test_second_derivatives_of_what_is_not_finite(device: str) -> None:
+    """The gradient of dy is w * invstd, whatever dy and x hold."""
+    for affine in (True, False):
+        layer = bnext.freeze(bnext.BatchNorm2d(6), affine).to(device)
+        x = torch.full(SHAPE, float("inf"), device=device, requires_grad=True)
+        dy = torch.full(SHAPE, float("inf"), device=device, requires_grad=True)
+        (dx,) = torch.autograd.grad(layer(x), x, dy, create_graph=True)
+        (found,) = torch.autograd.grad(dx.sum(), dy)
+        torch.testing.assert_close(found, torch.full_like(found, (1 + 1e-5) ** -0.5))
+
+
+def test_parametrized_weights_are_frozen_too() -> None:
+    layer = nn.utils.parametrize.register_parametrization(bnext.BatchNorm1d(3), "weight", nn.Identity())
+    assert not any(p.requires_grad for p in bnext.freeze(layer).parameters())
+
+
+def test_train_takes_what_torchs_takes() -> None:
+    for layer in (bnext.BatchNorm1d(3), bnext.freeze(bnext.BatchNorm1d(3))):
+        with pytest.raises(ValueError, match="training mode is expected to be boolean"):
+            layer.train("yes")
+
+
 def test_x_may_change_where_it_is_not_kept(device: str) -> None:
     """As after torch's additions; where it is kept the change is an error."""
     for affine in (True, False):

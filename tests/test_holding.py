@@ -70,6 +70,25 @@ def test_hold_reaches_a_compiled_layer() -> None:
         assert same(state(layer), before)
 
 
+def test_checkpoint_of_several_backwards() -> None:
+    """The block runs again in each."""
+    layer, x = bnext.BatchNorm1d(3), torch.randn(4, 3, requires_grad=True)
+    y = checkpoint(layer, x, use_reentrant=False, context_fn=bnext.checkpoint_contexts).square().sum()
+    before = state(layer)
+    (first,) = torch.autograd.grad(y, x, retain_graph=True)
+    (again,) = torch.autograd.grad(y, x, create_graph=True)
+    again.square().sum().backward()
+    assert torch.equal(first, again) and same(state(layer), before)
+
+
+def test_hold_decorates() -> None:
+    layer, x = bnext.BatchNorm1d(3), torch.randn(4, 3)
+    before = state(layer)
+    for _ in range(2):
+        bnext.hold_statistics()(layer.forward)(x)
+    assert same(state(layer), before)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_checkpoint(kind: type[nn.Module], device: str) -> None:
     """Statistics, outputs and gradients of a checkpointed step are those of a plain one; without, they move twice."""

@@ -55,12 +55,22 @@ def test_skips(layout: str, dtypes: Dtypes, momentum: float | None, value: float
 
 
 def test_large_is_finite(device: str) -> None:
-    """The largest float16, and float32 of which squares are none, count as any other."""
-    for dtype, value in ((torch.float16, 65504.0), (torch.float32, 1e30)):
+    """The largest float16, and float32 of which sums of squares overflow, count as any other."""
+    for dtype, value in ((torch.float16, 65504.0), (torch.float32, 1.5e19)):
         x = torch.tensor([[value], [-value / 2]], dtype=dtype, device=device)
         mean, var = torch.zeros(1, device=device), torch.ones(1, device=device)
         batch_norm(x, mean, var, training=True, momentum=0.5, skip_nonfinite=True)
         assert mean.item() == pytest.approx(0.5 * x.double().mean().item())
+
+
+@pytest.mark.parametrize("kind", [bnext.BatchNorm1d, bnext.SyncBatchNorm])
+def test_what_the_buffers_cannot_hold_is_skipped(kind: type[nn.Module], device: str) -> None:
+    """A variance of finite input that is none in float32, or in float16."""
+    for dtype, value in ((torch.float32, 1e30), (torch.float16, 400.0)):
+        x = torch.tensor([[value, 1.0], [-value, -1.0]], dtype=dtype, device=device)
+        layer = kind(2, momentum=1.0, skip_nonfinite=True).to(device, dtype)
+        layer(x)
+        assert layer.running_mean[0] == 0 and layer.running_var.tolist() == [1.0, 2.0]
 
 
 @pytest.mark.parametrize("kind", [bnext.BatchNorm1d, bnext.SyncBatchNorm])

@@ -99,6 +99,8 @@ def test_errors(device: str) -> None:
     x, own = torch.randn(COUNT, 5, 4, device=device), torch.ones(COUNT, 4, device=device)
     mean, var = own.clone(), own.clone()
     counters = torch.zeros(COUNT, dtype=torch.int64, device=device)
+    everything = {"input": x, "running_mean": mean, "running_var": var, "num_batches_tracked": counters}
+    all_mapped = dict.fromkeys(everything, 0)
     cases: list[tuple[type[Exception], str, dict[str, Any], dict[str, int], dict[str, Any]]] = [
         (
             RuntimeError,
@@ -135,6 +137,36 @@ def test_errors(device: str) -> None:
             {"input": 0, "running_mean": 0, "running_var": 0},
             {},
         ),
+        (
+            RuntimeError,
+            "running_var with memory of its own for every example",
+            {"input": x, "running_mean": mean, "running_var": own[0].expand(COUNT, 4)},
+            {"input": 0, "running_mean": 0, "running_var": 0},
+            {},
+        ),
+        (
+            RuntimeError,
+            "num_batches_tracked with memory of its own",
+            everything | {"num_batches_tracked": counters[0].expand(COUNT)},
+            all_mapped,
+            {},
+        ),
+        (
+            RuntimeError,
+            "a single int64, but got 1 elements of Float",
+            everything | {"num_batches_tracked": counters.float()},
+            all_mapped,
+            {},
+        ),
+        (
+            RuntimeError,
+            "expected one counter for all examples",
+            everything,
+            all_mapped,
+            {"inplace": True, "momentum": None},
+        ),
+        (ValueError, "expected at least 2D input", {"input": x[:, 0]}, {"input": 0}, {}),
+        (RuntimeError, "at least one example", {"input": x[:0]}, {"input": 0}, {}),
         (ValueError, "eps must be positive", {"input": x}, {"input": 0}, {"eps": 0.0}),
         (
             RuntimeError,
@@ -154,3 +186,33 @@ def test_errors(device: str) -> None:
             )(given)
         for name, t in given.items():
             assert torch.equal(t, before[name]), (text, name)
+
+
+def test_captured_buffers_are_refused_untouched(device: str) -> None:
+    """By torch, which lets no transform write to what it does not know: before the statistics have moved."""
+    x = torch.randn(COUNT, 5, 4, device=device)
+    mean, var = torch.zeros(COUNT, 4, device=device), torch.ones(COUNT, 4, device=device)
+    counters = torch.zeros(COUNT, dtype=torch.int64, device=device)
+
+    def loss(x: Tensor) -> Tensor:
+        def one(x: Tensor, m: Tensor, v: Tensor, c: Tensor) -> Tensor:
+            return batch_norm(x, m, v, training=True, num_batches_tracked=c)
+
+        return vmap(one)(x, mean, var, counters).sum()
+
+    with pytest.raises(RuntimeError, match="mutate a captured Tensor"):
+        grad(loss)(x)
+    assert not mean.any() and not counters.any()
+
+
+def test_strided_statistics(device: str) -> None:
+    """Written where they are, if they can be, captured or not."""
+    x = torch.randn(COUNT, 5, 4, device=device)
+    results = []
+    for step in (1, 2):
+        mean = torch.zeros(COUNT, 4 * step, device=device)[:, ::step]
+        var = torch.ones(COUNT, 4 * step, device=device)[:, ::step]
+        grad(lambda x, m=mean, v=var: vmap(lambda *a: batch_norm(*a, training=True))(x, m, v).sum())(x)
+        results.append((mean, var))
+    close(*results)
+    assert mean.all()

@@ -71,19 +71,19 @@ void update_running(const ForwardFold& fold, int64_t c, int64_t n, const double*
   if (!args.running_mean || factor == 0) return;
   const double bessel =
       args.unbiased_running_var ? unbiased_var(1, static_cast<double>(args.extent.count())) : 1;
-  double running[kFoldChannels];
-  bool moves[kFoldChannels];
-  for (int64_t k = 0; k < n; ++k) moves[k] = !args.skip_nonfinite || is_finite(Moments{mean[k], var[k]});
-  const auto update = [&](int64_t k, double batch) __attribute__((always_inline)) {
-    const double updated = running_update(running[k], batch, factor);
-    return moves[k] ? updated : running[k];
-  };
-  read_channels(args.running_mean, c, n, 0, running);
-  for (int64_t k = 0; k < n; ++k) running[k] = update(k, mean[k]);
-  write_channels(args.running_mean, c, n, running);
-  read_channels(args.running_var, c, n, 0, running);
-  for (int64_t k = 0; k < n; ++k) running[k] = update(k, var[k] * bessel);
-  write_channels(args.running_var, c, n, running);
+  double old_mean[kFoldChannels], old_var[kFoldChannels];
+  read_channels(args.running_mean, c, n, 0, old_mean);
+  read_channels(args.running_var, c, n, 0, old_var);
+  double new_mean[kFoldChannels], new_var[kFoldChannels];
+  for (int64_t k = 0; k < n; ++k) new_mean[k] = running_update(old_mean[k], mean[k], factor);
+  for (int64_t k = 0; k < n; ++k) new_var[k] = running_update(old_var[k], var[k] * bessel, factor);
+  for (int64_t k = 0; k < n && args.skip_nonfinite; ++k) {
+    if (fits(new_mean[k], args.running_mean.dtype) && fits(new_var[k], args.running_var.dtype)) continue;
+    new_mean[k] = old_mean[k];
+    new_var[k] = old_var[k];
+  }
+  write_channels(args.running_mean, c, n, new_mean);
+  write_channels(args.running_var, c, n, new_var);
 }
 
 // n channels from c on, at most kFoldChannels. Null sums: with the running statistics.

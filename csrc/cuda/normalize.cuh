@@ -107,10 +107,14 @@ struct MomentsReducer {
     if (a.var != nullptr) store(a.var + c, m.var);
     keep_parameters(a, c);
     const double weight = factor();
-    if (!a.running_mean || weight == 0 || (a.skip_nonfinite && !is_finite(m))) return;
+    if (!a.running_mean || weight == 0) return;
     const double var = a.unbiased_running_var ? unbiased_var(m.var, count) : m.var;
-    write_channel(a.running_mean, c, running_update(read_channel(a.running_mean, c, 0), m.mean, weight));
-    write_channel(a.running_var, c, running_update(read_channel(a.running_var, c, 0), var, weight));
+    const double new_mean = running_update(read_channel(a.running_mean, c, 0), m.mean, weight);
+    const double new_var = running_update(read_channel(a.running_var, c, 0), var, weight);
+    const bool fit = fits(new_mean, a.running_mean.dtype) && fits(new_var, a.running_var.dtype);
+    if (a.skip_nonfinite && !fit) return;
+    write_channel(a.running_mean, c, new_mean);
+    write_channel(a.running_var, c, new_var);
   }
 };
 
