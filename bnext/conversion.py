@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from .fused_forward import FusedForward
-from .modules import BatchNorm1d, BatchNorm2d, BatchNorm3d, FusedBatchNorm, SyncBatchNorm
+from .modules import BatchNorm1d, BatchNorm2d, BatchNorm3d, FusedBatchNorm, SyncBatchNorm, require_module
 from .torch_activations import to_module
 from .tracing import has_hooks
 
@@ -48,6 +48,7 @@ def convert(module: Network) -> Network:
         The same module.
 
     Raises:
+        TypeError: it is no module.
         ValueError: one of torch's layers has an attribute or a child that somebody gave it and that would mean
             something to ours; nothing has changed then.
     """
@@ -56,6 +57,7 @@ def convert(module: Network) -> Network:
 
 def convert_classes(module: Network, classes: dict[type[nn.Module], type[nn.Module]]) -> Network:
     """:func:`convert`, of these of torch's classes."""
+    require_module(module)
     layers = {name: layer for name, layer in module.named_modules() if type(layer) in classes}
     for name, layer in layers.items():
         for attribute in OUR_ATTRIBUTES:
@@ -83,10 +85,12 @@ def synchronize(module: Network, process_group: dist.ProcessGroup | None = None)
         The same module.
 
     Raises:
+        TypeError: it is no module.
         ValueError: a layer with ``inplace=True``, or one of a subclass of torch's or of ours, which nobody can make
             another class and which would keep statistics of its own; one that :func:`convert` refuses. Nothing has
             changed then.
     """
+    require_module(module)
     layers = {
         name: layer
         for name, layer in module.named_modules()
@@ -143,10 +147,12 @@ def restore(module: nn.Module) -> nn.Module:
         The same module, or what stands for it where it is itself a layer with an activation.
 
     Raises:
+        TypeError: it is no module.
         ValueError: a layer with ``unbiased_running_var=False``, which torch cannot do; one of a subclass of ours, or
             parametrized; one with an activation and hooks, for there is no call left that both belong to; a module that
             came from :func:`bnext.fuse`. Nothing has changed then.
     """
+    require_module(module)
     if any(isinstance(part, FusedForward) for part in module.modules()):
         raise ValueError(
             "expected a module that bnext.fuse has not made, but got one that it has: the module that was fused "

@@ -6,7 +6,7 @@ from typing import TypeVar
 
 from torch import nn
 
-from .modules import FusedBatchNorm
+from .modules import FusedBatchNorm, require_module
 
 __all__ = ["freeze", "unfreeze"]
 
@@ -28,6 +28,7 @@ def freeze(module: Network, affine: bool = True) -> Network:
         The same module.
 
     Raises:
+        TypeError: it is no module.
         ValueError: there is a batch norm of another class, a layer without running statistics, or no layer at all;
             nothing has changed then.
     """
@@ -42,12 +43,13 @@ def unfreeze(module: Network, affine: bool = True) -> Network:
     """Undoes :func:`freeze`: layers follow the next ``train()``, and with ``affine`` weight and bias require grad.
 
     Raises:
-        ValueError: as :func:`freeze`, but for the statistics.
+        TypeError, ValueError: as :func:`freeze`, but for the statistics.
     """
     return _set(module, _layers(module), False, affine)
 
 
 def _layers(module: nn.Module) -> dict[str, FusedBatchNorm]:
+    require_module(module)
     layers = {}
     for name, layer in module.named_modules():
         if isinstance(layer, FusedBatchNorm):

@@ -17,6 +17,7 @@ from .conversion import OURS, convert_classes
 from .equality import Behaviour
 from .fused_forward import FusedForward, set_forward
 from .fused_graph import fuse_graph
+from .modules import require_module
 from .tracing import has_norm, trace
 
 __all__ = ["fuse"]
@@ -53,9 +54,11 @@ def fuse(module: Network, *example_inputs: Any) -> Network:
         The fused network, of a subclass of its class, in the mode of `module`.
 
     Raises:
+        TypeError: it is no module.
         ValueError: forward does not work with the example, or not with fused modules in it; the example is all zeros or
             the like; something is hooked into all modules, or a module was given another forward.
     """
+    require_module(module)
     if any(vars(nn.modules.module)[kind] for kind in _GLOBAL_HOOKS):
         raise ValueError("expected no global module hooks, which see the calls that are fused")
     for name, part in module.named_modules():

@@ -19,6 +19,16 @@ if TYPE_CHECKING:
 __all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "SyncBatchNorm"]
 
 
+def require_module(module: object) -> None:
+    """Of what takes a network.
+
+    Raises:
+        TypeError: it is none.
+    """
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"expected a torch.nn.Module, but got {type(module).__name__}")
+
+
 # weight, bias, running_mean, running_var, num_batches_tracked
 _State = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 

@@ -192,3 +192,12 @@ def test_a_fused_network_is_not_restored() -> None:
     for given in (fused, nn.Sequential(fused), copy.deepcopy(fused)):
         with pytest.raises(ValueError, match=r"expected a module that bnext.fuse has not made"):
             bnext.restore(given)
+
+
+@pytest.mark.parametrize(
+    "function", [bnext.convert, bnext.restore, bnext.synchronize, bnext.freeze, bnext.unfreeze, bnext.fuse]
+)
+def test_what_is_no_module(function: Callable[..., object]) -> None:
+    for given in (bnext.BatchNorm2d, torch.ones(3)):
+        with pytest.raises(TypeError, match=r"expected a torch\.nn\.Module, but got (type|Tensor)"):
+            function(given)

@@ -204,7 +204,7 @@ LOWER: dict[str, set[str]] = {
     "freezing.py": {".modules"},
     "batching.py": set(),
     "memory.py": {"._C"},
-    "fusion.py": {".conversion", ".equality", ".fused_forward", ".fused_graph", ".tracing"},
+    "fusion.py": {".conversion", ".equality", ".fused_forward", ".fused_graph", ".modules", ".tracing"},
     "equality.py": {".conversion"},
     "fused_graph.py": {".conversion", ".modules", ".torch_activations", ".tracing"},
     "conversion.py": {".fused_forward", ".modules", ".torch_activations", ".tracing"},
