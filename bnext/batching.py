@@ -27,9 +27,8 @@ class Info(Protocol):
     batch_size: int
 
 
-_Result = tuple[
-    Any, Any
-]  # outputs, and for each the dimension of the examples, None where they have it in common
+# Outputs, and for each the dimension of the examples, None where they have it in common.
+_Result = tuple[Any, Any]
 
 
 class _Call:
@@ -68,8 +67,8 @@ class _Call:
         except (RuntimeError, ValueError) as known:
             raise known from error
 
-    def require_memory_for_each(self, written: tuple[str, ...]) -> None:
-        """That no example would write over another's, or over a counter."""
+    def require_writable(self, written: tuple[str, ...]) -> None:
+        """That examples have memory of their own for `written` and counters: asked before anything is written."""
         for name in (*written, COUNTER) if self.own_counters is not None else written:
             t, dim = self.given[name], self.dims[name]
             if dim is not None and self.count > 1 and t.stride(dim) == 0:
@@ -77,8 +76,12 @@ class _Call:
                     f"vmap: expected {name} with memory of its own for every example, but they share it"
                 )
         counters = self.own_counters
-        if counters is not None and (counters.numel() != self.count or counters.dtype != torch.int64):
+        if counters is None:
+            return
+        if counters.numel() != self.count or counters.dtype != torch.int64:
             self.check()
+        if self.given["momentum"] is not None:  # else the operator counts
+            counters.add_(0)  # what torch's transforms refuse they refuse now
 
     def one_by_one(self) -> _Result:
         results = []
@@ -103,12 +106,8 @@ class _Call:
                 name: t.flatten(1, 2) if name in CHANNELS else t.reshape(-1) for name, t in examples.items()
             }
             copies = [name for name in written if not _is_view(examples[name], name)]
-            for (
-                name
-            ) in copies:  # what cannot be written later is not written now either, nor is anything else
+            for name in copies:  # likewise
                 examples[name].copy_(folded[name].view_as(examples[name]))
-            if counters is not None:
-                counters.add_(0)
             outputs = self.operator(**(self.given | folded | ({} if counters is None else {COUNTER: None})))
         except (RuntimeError, ValueError, IndexError) as error:
             self.check(error)
@@ -160,27 +159,33 @@ def _require_statistics_of_their_own(call: _Call) -> None:
         )
 
 
-def _update_what_is_common(call: _Call) -> tuple[str, ...]:
-    """Updates the statistics that all examples share, and takes them out of the call. What it is left to write."""
+def _update_what_is_common(call: _Call, *more: str) -> tuple[str, ...]:
+    """Updates the statistics that all examples share, and takes them out of the call, which is left to write the rest.
+
+    Returns:
+        The rest: `more`, which it writes in any case, and statistics that are not shared.
+    """
     given = call.given
-    if not given["training"] or given["running_mean"] is None:
-        return ()
-    _require_statistics_of_their_own(call)
-    if call.dims["running_mean"] is not None:
-        return RUNNING
+    tracking = given["training"] and given["running_mean"] is not None
+    if tracking:
+        _require_statistics_of_their_own(call)
+    if not tracking or call.dims["running_mean"] is not None:
+        written = (*more, *RUNNING) if tracking else more
+        call.require_writable(written)
+        return written
+    call.require_writable(more)
     call.check()
     plain: dict[str, Any] = dict.fromkeys(("residual", "weight", "bias", "activation", "activation_param"))
     counts = call.own_counters is None
     with torch.no_grad():
         torch.ops.bnext.batch_norm.default(**(given | plain | ({} if counts else {COUNTER: None})))
     given |= dict.fromkeys((*RUNNING, COUNTER) if counts else RUNNING)
-    return ()
+    return more
 
 
 def _batch_norm(info: Info, dims: tuple[Any, ...], *given: Any) -> _Result:
     call = _Call(torch.ops.bnext.batch_norm.default, dims, given, info.batch_size)
     written = _update_what_is_common(call)
-    call.require_memory_for_each(written)
     residual, activation = call.given["residual"], call.given["activation"]
     keeps_mask = call.given["for_backward"] and residual is not None and activation in MASKED
     if keeps_mask or (call.own_counters is not None and call.given["momentum"] is None):
@@ -201,8 +206,7 @@ def _batch_norm_(info: Info, dims: tuple[Any, ...], *given: Any) -> _Result:
             "vmap: with inplace=True and momentum=None, num_batches_tracked is mapped over: expected one counter for "
             "all examples, or inplace=False"
         )
-    written = ("x", *_update_what_is_common(call))
-    call.require_memory_for_each(written)
+    written = _update_what_is_common(call, "x")
     return call.unfold(call.at_once(written), 1), 1
 
 

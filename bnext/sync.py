@@ -27,7 +27,7 @@ class Running(NamedTuple):
     num_batches_tracked: Tensor | None
     momentum: float | None
     unbiased: bool
-    skip_nonfinite: bool = False
+    skip_nonfinite: bool
 
     def update(self, moments: Tensor, count: Tensor) -> None:
         """By moments (2, C) of count elements, 0-d. Of 0 the counter goes up and the statistics stay as they are."""

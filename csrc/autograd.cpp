@@ -65,22 +65,9 @@ ForwardResult batch_norm_autograd(const at::Tensor& x, const OptionalTensor& res
     if (mask.sym_numel() != 0) node->mask = SavedVariable(mask, /*is_output=*/false);
   }
   if (any_tangent(x, residual, weight, bias)) {
-    const ForwardCall call{x,
-                           residual,
-                           weight,
-                           bias,
-                           running_mean,
-                           running_var,
-                           num_batches_tracked,
-                           training,
-                           momentum,
-                           eps,
-                           unbiased_running_var,
-                           ndims,
-                           require_activation(activation, activation_param),
-                           for_backward,
-                           skip_nonfinite};
-    y._set_fw_grad(forward_tangent(call, stats), /*level=*/0, /*is_inplace_op=*/false);
+    y._set_fw_grad(forward_tangent(x, residual, weight, bias, stats, training,
+                                   require_activation(activation, activation_param)),
+                   /*level=*/0, /*is_inplace_op=*/false);
   }
   if (training) bump_versions({running_mean, running_var, num_batches_tracked});
   return result;

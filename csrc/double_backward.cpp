@@ -33,8 +33,8 @@ BackwardInputs without_activation(const Cotangents& to, const at::Tensor& given_
   const std::vector<int64_t> dims = all_but_channels(x);
   auto m = [&](const at::Tensor& v) { return v.mean(dims, /*keepdim=*/true); };
 
-  const auto [standardised, r] = standardise(x, stats, training);
-  const at::Tensor& xhat = standardised;
+  const Standardised standardised = standardise(x, stats, training);
+  const at::Tensor &xhat = standardised.xhat, &r = standardised.invstd;
   auto projected = [&](const at::Tensor& v) { return project(v, xhat, training); };
 
   // A term without a cotangent is left out, as 0 times infinity is no 0.

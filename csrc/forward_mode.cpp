@@ -22,27 +22,28 @@ OptionalTensor tangent(const OptionalTensor& t) {
 
 // y = act(z). x's part in the tangent of z is w r P(tx), what backward makes of a gradient tx (see
 // project()); that of the weight is xhat times its tangent.
-at::Tensor forward_tangent(const ForwardCall& call, const at::Tensor& stats) {
-  const at::Tensor x = call.x._fw_primal(/*level=*/0);
+at::Tensor forward_tangent(const at::Tensor& dual_x, const OptionalTensor& residual,
+                           const OptionalTensor& dual_weight, const OptionalTensor& bias,
+                           const at::Tensor& stats, bool training, const ActivationSpec& activation) {
+  const at::Tensor x = dual_x._fw_primal(/*level=*/0);
   const auto math = math_dtype(x);
-  const OptionalTensor weight = primal(call.weight);
-  const OptionalTensor x_tangent = tangent(call.x), weight_tangent = tangent(call.weight),
-                       bias_tangent = tangent(call.bias), residual_tangent = tangent(call.residual);
+  const OptionalTensor weight = primal(dual_weight);
+  const OptionalTensor x_tangent = tangent(dual_x), weight_tangent = tangent(dual_weight),
+                       bias_tangent = tangent(bias), residual_tangent = tangent(residual);
   at::Tensor xhat;
-  if (weight_tangent || call.activation) xhat = standardise(x.to(math), stats, call.training).xhat;
+  if (weight_tangent || activation) xhat = standardise(x.to(math), stats, training).xhat;
   at::Tensor dz = at::zeros({1}, x.options().dtype(math)).expand_symint(x.sym_sizes());
   if (x_tangent) {
     const auto [from_x, no_weight, no_bias, no_residual] = backward_operator().call(
-        *x_tangent, x, std::nullopt, std::nullopt, weight, std::nullopt, stats, call.training, std::nullopt,
+        *x_tangent, x, std::nullopt, std::nullopt, weight, std::nullopt, stats, training, std::nullopt,
         std::nullopt, /*from_output=*/false, {true, false, false, false});
     dz = from_x.to(math);
   }
   if (weight_tangent) dz = dz + xhat * along_channels(weight_tangent->to(math), x);
   if (bias_tangent) dz = dz + along_channels(bias_tangent->to(math), x);
   if (residual_tangent) dz = dz + residual_tangent->to(math);
-  if (call.activation) {
-    dz = activation_grad(call.activation, dz,
-                         activation_input(xhat, primal(call.residual), weight, primal(call.bias)));
+  if (activation) {
+    dz = activation_grad(activation, dz, activation_input(xhat, primal(residual), weight, primal(bias)));
   }
   return dz.to(x.scalar_type());
 }
@@ -51,13 +52,13 @@ at::Tensor forward_tangent(const ForwardCall& call, const at::Tensor& stats) {
 BackwardResult backward_tangents(const BackwardCall& call) {
   const at::Tensor& x = call.x;
   const auto math = math_dtype(x);
-  const auto [standardised, r] = standardise(x.to(math), call.stats, call.training);
-  const at::Tensor& xhat = standardised;
+  const Standardised s = standardise(x.to(math), call.stats, call.training);
   at::Tensor dz = call.dy.to(math);
   if (present(call.mask)) {
     dz = masked_grad(call.activation, dz, *call.mask, x);
   } else if (call.activation) {
-    dz = activation_grad(call.activation, dz, activation_input(xhat, call.residual, call.weight, call.bias));
+    dz =
+        activation_grad(call.activation, dz, activation_input(s.xhat, call.residual, call.weight, call.bias));
   }
   const std::vector<int64_t> dims = all_but_channels(x);
   const auto [wants_dx, wants_dweight, wants_dbias, wants_dresidual] = call.output_mask;
@@ -67,11 +68,11 @@ BackwardResult backward_tangents(const BackwardCall& call) {
   const auto parameter = [&](const at::Tensor& v) { return v.sum(dims).to(call.parameter_dtype()); };
   return {tangent_of(wants_dx,
                      [&] {
-                       const at::Tensor dx = r * project(dz, xhat, call.training);
+                       const at::Tensor dx = s.invstd * project(dz, s.xhat, call.training);
                        return (present(call.weight) ? dx * along_channels(call.weight->to(math), x) : dx)
                            .to(x.scalar_type());
                      }),
-          tangent_of(wants_dweight, [&] { return parameter(dz * xhat); }),
+          tangent_of(wants_dweight, [&] { return parameter(dz * s.xhat); }),
           tangent_of(wants_dbias, [&] { return parameter(dz); }),
           tangent_of(wants_dresidual, [&] { return dz.to(x.scalar_type()); })};
 }

@@ -13,7 +13,9 @@ bool any_tangent(const Tensors&... tensors) {
 }
 
 // Of y, from the stats that it was normalised with.
-at::Tensor forward_tangent(const ForwardCall& call, const at::Tensor& stats);
+at::Tensor forward_tangent(const at::Tensor& x, const OptionalTensor& residual, const OptionalTensor& weight,
+                           const OptionalTensor& bias, const at::Tensor& stats, bool training,
+                           const ActivationSpec& activation);
 
 // Of every gradient that was asked for; undefined: none.
 BackwardResult backward_tangents(const BackwardCall& call);

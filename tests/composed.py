@@ -31,7 +31,9 @@ class Form:
         bias: Tensor | None = None,
         residual: Tensor | None = None,
     ) -> Tensor:
-        active = self.active or Active("relu")
+        given = (
+            (None, None) if self.active is None else (self.active.activation, self.active.activation_param)
+        )
         return batch_norm(
             x,
             *(self.running or (None, None)),
@@ -39,8 +41,8 @@ class Form:
             bias,
             training=self.running is None,
             eps=EPS,
-            activation=self.active and active.activation,
-            activation_param=self.active and active.activation_param,
+            activation=given[0],
+            activation_param=given[1],
             residual=residual,
         )
 

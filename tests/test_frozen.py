@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import bnext
 from benchmarks.blocks import kept_bytes
+from benchmarks.resnet import resnet
 from cases import ACTIVE, LAYOUT, Active
 
 SHAPE = (4, 6, 5, 3)
@@ -100,6 +101,19 @@ def test_refusals() -> None:
             function(module)
         assert all(m.training for m in module.modules())
         assert not any(getattr(m, "frozen", False) for m in module.modules())
+
+
+def test_a_frozen_network_keeps_half() -> None:
+    """Of what torch's keeps for backward with its batch norms in eval and without gradients."""
+    plain = resnet("resnet50").requires_grad_(False)
+    x = torch.randn(2, 3, 128, 128, requires_grad=True)
+    kept = []
+    for model in (plain.eval(), bnext.freeze(bnext.convert(copy.deepcopy(plain)))):
+        for module in model.modules():
+            if isinstance(module, nn.Conv2d):
+                module.requires_grad_()
+        kept.append(kept_bytes(lambda m=model: m(x), [x, *model.parameters(), *model.buffers()]))
+    assert kept[1] <= 0.5 * kept[0]
 
 
 # What backward needs of x in eval, by form and by what requires grad: an activation's slope and dweight do.

@@ -26,7 +26,7 @@ def spoil(x: Tensor, value: float) -> Tensor:
     return x
 
 
-def layers(dtype: torch.dtype, device: str, **options: object) -> list[bnext.BatchNorm1d]:
+def layers(dtype: torch.dtype, device: str, **options: object) -> list[bnext.SyncBatchNorm]:
     """One that skips, one that does not, with statistics of a batch before."""
     made = []
     for skips in (True, False):
@@ -74,8 +74,8 @@ def test_what_the_buffers_cannot_hold_is_skipped(kind: type[nn.Module], device: 
 
 
 @pytest.mark.parametrize("kind", [bnext.BatchNorm1d, bnext.SyncBatchNorm])
-def test_in_place_and_held(kind: type[nn.Module], device: str) -> None:
-    """The other ways into a layer take it along."""
+def test_other_ways_into_a_layer(kind: type[nn.Module], device: str) -> None:
+    """In place, and synchronized."""
     x = spoil(torch.randn(6, 5, device=device), float("nan"))
     layer = kind(5, skip_nonfinite=True).to(device)
     if kind is bnext.BatchNorm1d:

@@ -216,3 +216,24 @@ def test_strided_statistics(device: str) -> None:
         results.append((mean, var))
     close(*results)
     assert mean.all()
+
+
+def test_counters_that_cannot_move_leave_shared_statistics(device: str) -> None:
+    """Which move before the examples do."""
+    x, weight = torch.randn(5, 4, device=device), torch.ones(COUNT, 4, device=device)
+    mean, var = torch.zeros(4, device=device), torch.ones(4, device=device)
+    counters = torch.zeros(COUNT, dtype=torch.int64, device=device)
+
+    def loss(x: Tensor, counters: Tensor) -> Tensor:
+        def one(w: Tensor, c: Tensor) -> Tensor:
+            return batch_norm(x, mean, var, w, training=True, num_batches_tracked=c)
+
+        return vmap(one)(weight, counters).sum()
+
+    for given, text in (
+        (counters, "mutate a captured Tensor"),
+        (counters[0].expand(COUNT), "memory of its own"),
+    ):
+        with pytest.raises(RuntimeError, match=text):
+            grad(lambda x, c=given: loss(x, c))(x)
+        assert not mean.any() and not counters.any()
