@@ -37,12 +37,13 @@ __attribute__((noinline)) void call_from_output(Activation kind, A param, Lanes<
   });
 }
 
-// ---- forward: value(z) and, with kActive, passes(z), the mask's bits ----
+// ---- forward: value(z) and, with kActive, passes(z), the mask's bits; kAny: whatever is asked for, by tests
+// in the loop ----
 
 template <class T>
 struct Linear {
   using A = opmath_t<T>;
-  static constexpr bool kActive = false;
+  static constexpr bool kActive = false, kAny = false;
 
   explicit Linear(const Operands&) {}
   BNEXT_INLINE Lanes<A> value(const Lanes<A>& z) const { return z; }
@@ -51,7 +52,7 @@ struct Linear {
 template <class T>
 struct Relu {
   using A = opmath_t<T>;
-  static constexpr bool kActive = true;
+  static constexpr bool kActive = true, kAny = false;
 
   explicit Relu(const Operands&) {}
   BNEXT_INLINE Lanes<A> value(const Lanes<A>& z) const { return activate_lanes(Activation::relu, A{}, z); }
@@ -64,7 +65,7 @@ struct Relu {
 template <class T>
 struct Called {
   using A = opmath_t<T>;
-  static constexpr bool kActive = true;
+  static constexpr bool kActive = true, kAny = true;
   Activation kind;
   A param;
 
@@ -81,12 +82,12 @@ struct Called {
 };
 
 // ---- backward: dy to dz ----
-// kFromInput: apply(span, offset, dy, z), z = normalize(x). Else, with kActive, apply(span, offset, dy, x),
-// which may put something in the place of x. kResidual: dz may be stored as dresidual. fetch_at: the kReads
-// tensors that are read besides dy and x.
+// With kFromInput apply(span, offset, dy, value, z): value is x, or stands for it, z = normalize(value). Else,
+// with kActive, apply(span, offset, dy). kResidual: dz may be stored as dresidual. reads(): tensors that are
+// read besides dy and x.
 
 struct ReadsNoMore {
-  static constexpr int kReads = 0;
+  static constexpr int reads() { return 0; }
   template <Cache C>
   BNEXT_INLINE void fetch_at(int64_t) const {}
 };
@@ -104,64 +105,59 @@ struct ReluSlope : ReadsNoMore {
 
   explicit ReluSlope(const Operands&) {}
   template <class Span>
-  BNEXT_INLINE void apply(Span, int64_t, Lanes<A>& dy, const Lanes<A>& z) const {
+  BNEXT_INLINE void apply(Span, int64_t, Lanes<A>& dy, const Lanes<A>&, const Lanes<A>& z) const {
     dy = activation_grad_lanes(Activation::relu, A{}, dy, z);
   }
 };
 
-template <class T, bool Residual>
+// By the mask of one whose blocked gradient is 0.
+template <class T>
+struct MaskSlope : ReadsNoMore {
+  using A = opmath_t<T>;
+  static constexpr bool kActive = true, kFromInput = false, kResidual = true;
+  const void* mask;
+
+  explicit MaskSlope(const Operands& operands) : mask(operands.mask_read) {}
+  template <class Span>
+  BNEXT_INLINE void apply(Span span, int64_t offset, Lanes<A>& dy) const {
+    dy = select<T>(read_bits(mask, span.begin(offset)), dy, Lanes<A>{});
+  }
+};
+
+// By what is at hand, for any activation: a mask, the output in the place of x, or x and perhaps a residual.
+template <class T>
 struct CalledSlope {
   using A = opmath_t<T>;
-  static constexpr bool kActive = true, kFromInput = true, kResidual = Residual;
-  static constexpr int kReads = Residual;
+  static constexpr bool kActive = true, kFromInput = true, kResidual = true;
   Activation kind;
   A param;
+  bool from_output;
+  const void* mask;
   const T* residual;
 
   explicit CalledSlope(const Operands& operands)
       : kind(operands.activation.kind),
         param(static_cast<A>(operands.activation.param)),
+        from_output(operands.from_output),
+        mask(operands.mask_read),
         residual(static_cast<const T*>(operands.residual)) {}
+  int reads() const { return residual != nullptr; }
   template <Cache C>
   BNEXT_INLINE void fetch_at(int64_t offset) const {
-    if constexpr (Residual) fetch<C>(residual + offset);
+    if (residual != nullptr) fetch<C>(residual + offset);
   }
   template <class Span>
-  BNEXT_INLINE void apply(Span span, int64_t offset, Lanes<A>& dy, Lanes<A> z) const {
-    if constexpr (Residual) z = z + span.template load_lanes<A>(residual + offset);
-    call_activation_grad(kind, param, dy, z);
-  }
-};
-
-template <class T, bool Leaky>
-struct MaskSlope : ReadsNoMore {
-  using A = opmath_t<T>;
-  static constexpr bool kActive = true, kFromInput = false, kResidual = true;
-  const void* mask;
-  A param;
-
-  explicit MaskSlope(const Operands& operands)
-      : mask(operands.mask_read), param(static_cast<A>(operands.activation.param)) {}
-  template <class Span>
-  BNEXT_INLINE void apply(Span span, int64_t offset, Lanes<A>& dy, const Lanes<A>&) const {
-    const Lanes<A> blocked = generate<A>([&](auto i) __attribute__((always_inline)) {
-      return blocked_grad(Leaky ? Activation::leaky_relu : Activation::relu, param, dy.part[i.value]);
-    });
-    dy = select<T>(read_bits(mask, span.begin(offset)), dy, blocked);
-  }
-};
-
-template <class T>
-struct OutputSlope : ReadsNoMore {
-  using A = opmath_t<T>;
-  static constexpr bool kActive = true, kFromInput = false, kResidual = false;
-  Activation kind;
-  A param;
-
-  explicit OutputSlope(const Operands& operands)
-      : kind(operands.activation.kind), param(static_cast<A>(operands.activation.param)) {}
-  template <class Span>
-  BNEXT_INLINE void apply(Span, int64_t, Lanes<A>& dy, Lanes<A>& y) const {
-    call_from_output<T>(kind, param, dy, y);
+  BNEXT_INLINE void apply(Span span, int64_t offset, Lanes<A>& dy, Lanes<A>& value, Lanes<A> z) const {
+    if (mask != nullptr) {
+      const Lanes<A> blocked = generate<A>([&](auto i) __attribute__((always_inline)) {
+        return blocked_grad(kind, param, dy.part[i.value]);
+      });
+      dy = select<T>(read_bits(mask, span.begin(offset)), dy, blocked);
+    } else if (from_output) {
+      call_from_output<T>(kind, param, dy, value);
+    } else {
+      if (residual != nullptr) z = z + span.template load_lanes<A>(residual + offset);
+      call_activation_grad(kind, param, dy, z);
+    }
   }
 };

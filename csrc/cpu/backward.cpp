@@ -39,6 +39,7 @@ struct BackwardWork {
     operands.mask_read = args.mask;
     operands.out = args.dx;
     operands.dresidual = args.dresidual;
+    operands.from_output = args.from_output;
     operands.streaming_stores =
         can_stream(plan, args.dx) && (args.dresidual == nullptr || can_stream(plan, args.dresidual));
     operands.fetches = plan.beyond_cache;
@@ -64,7 +65,7 @@ struct BackwardWork {
   int64_t stride() const { return args.extent.channels * opmath_bytes(args.dtype); }  // bytes
 
   bool from_input() const {
-    return slope == SlopeClass::relu || slope == SlopeClass::other || slope == SlopeClass::residual;
+    return slope == SlopeClass::relu || slope == SlopeClass::called;
   }
 
   void prepare(int64_t begin, int64_t end) const { folds.prepare_backward(vectors, begin, end); }

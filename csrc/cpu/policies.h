@@ -94,17 +94,18 @@ BNEXT_INLINE void add_to(double* first, double* second, const LaneSums<A>& sums)
 }
 
 // ---- reducers ----
-// coefficient(operands, k, channel): 0 is the center, what is subtracted from x. fetch_at: the kReads
+// coefficient(operands, k, channel): 0 is the center, what is subtracted from x. fetch_at: the reads()
 // tensors.
 
 template <class T>
 struct MomentsReducer {
   using Storage = T;
   using Math = opmath_t<T>;
-  static constexpr int kCoefficients = 1, kReads = 1;
+  static constexpr int kCoefficients = 1;
   const T* x;
 
   explicit MomentsReducer(const Operands& operands) : x(static_cast<const T*>(operands.x)) {}
+  static constexpr int reads() { return 1; }
 
   BNEXT_INLINE static Math coefficient(const Operands& operands, int, int64_t channel) {
     return static_cast<Math>(operands.center[channel]);
@@ -155,9 +156,9 @@ struct Gradient {
     dz = span.template load_lanes<Math>(dy + offset);
     value = span.template load_lanes<Math>(x + offset);
     if constexpr (Slope::kFromInput) {
-      slope.apply(span, offset, dz, normalize(value, c[0], c[1], c[2]));
+      slope.apply(span, offset, dz, value, normalize(value, c[0], c[1], c[2]));
     } else if constexpr (Slope::kActive) {
-      slope.apply(span, offset, dz, value);
+      slope.apply(span, offset, dz);
     }
   }
 
@@ -178,10 +179,10 @@ struct GradSumsReducer {
   using Storage = T;
   using Math = opmath_t<T>;
   static constexpr int kScale = Slope::kFromInput ? 3 : 1, kCoefficients = kScale + Writes;
-  static constexpr int kReads = 2 + Slope::kReads;
   Gradient<T, Slope> gradient;
 
   explicit GradSumsReducer(const Operands& operands) : gradient(operands) {}
+  int reads() const { return 2 + gradient.slope.reads(); }
 
   BNEXT_INLINE static Math coefficient(const Operands& operands, int k, int64_t channel) {
     if (k == 0) return static_cast<Math>(operands.center[channel]);
@@ -231,14 +232,15 @@ struct NormalizeMap {
 
   BNEXT_INLINE void fetch_at(int64_t reduced, int64_t mapped) const {
     fetch(x + reduced);
-    if constexpr (Added) fetch(residual + mapped);
+    if (added()) fetch(residual + mapped);
   }
+  BNEXT_INLINE bool added() const { return Act::kAny ? residual != nullptr : Added; }
 
   template <class Span>
   BNEXT_INLINE void step(Bits& bits, int64_t offset, const Coefficients<Math, kCoefficients>& c,
                          Span span) const {
     Lanes<Math> z = normalize(span.template load_lanes<Math>(x + offset), c.k[0], c.k[1], c.k[2]);
-    if constexpr (Added) z = z + span.template load_lanes<Math>(residual + offset);
+    if (added()) z = z + span.template load_lanes<Math>(residual + offset);
     if constexpr (Added && Act::kActive) {
       if (bits.wanted()) bits.append(span.fresh(act.passes(z)), span.count());
     }

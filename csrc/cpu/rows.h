@@ -14,7 +14,7 @@ constexpr int64_t kNearColumns = 1024;   // whose coefficients stay in the L1 ca
 // Of more columns, a strip's coefficients serve kMapRows rows at once. Results that are streamed come one row
 // at a time, near columns of kNearRows rows after one another; where a mask is written, a row is mapped
 // whole.
-constexpr int kMapRows = 4;
+constexpr int kMapRows = kBytes == 16 ? 1 : 4;
 constexpr int64_t kNearRows = 16;
 constexpr int64_t kStretchBytes = 512 << 10;  // ascending part of a descending walk
 
@@ -41,7 +41,7 @@ void reduce_rows(const Operands& operands, const Geometry& geometry, const Tile&
   const bool into_first = panels || operands.fetches_first, fetches = operands.fetches && !into_first;
   constexpr int64_t kAhead = kFetchBytes / sizeof(Storage);
   const int64_t ahead =
-      panels ? 2 * kPanel * kLanes : columns.fetch_distance(into_first ? kAhead / Reducer::kReads : kAhead);
+      panels ? 2 * kPanel * kLanes : columns.fetch_distance(into_first ? kAhead / reducer.reads() : kAhead);
   // `count` rows, a panel of columns at a time whose sums stay in registers. Lanes past the last column go
   // into padding that nobody reads.
   auto rows = [&](int64_t row, int64_t count, int64_t width) __attribute__((always_inline)) {

@@ -40,6 +40,7 @@ struct Operands {
   void* out = nullptr;  // of normalize it may be x
   void* mask = nullptr;
   void* dresidual = nullptr;
+  bool from_output = false;  // x is the output
   bool streaming_stores = false;
   bool fetches = false;            // ahead of what is read; where it is in cache, that costs up to a quarter
   bool fetches_first = false;      // reducers into the L1 cache
@@ -57,18 +58,17 @@ using TileFunction = void (*)(const Operands&, const Geometry&, const Tile&, voi
 enum class Phase : uint8_t { moments, normalize, grad_sums, input_grad, grad_sums_and_input_grad, scale };
 
 // Activations as forward tiles know them: relu is compiled into the loops, the others are called.
-enum class ActivationClass : uint8_t { none, relu, other };
+enum class ActivationClass : uint8_t { none, relu, called };
 
-// Where dz comes from: dy alone; z of relu, of another, of any with its residual; the mask, of leaky_relu or
-// of what blocks all; the output.
-enum class SlopeClass : uint8_t { none, relu, other, residual, mask, leaky_mask, output };
+// Where dz comes from: dy alone; z of relu; the mask of what blocks all; anything, by tests and calls.
+enum class SlopeClass : uint8_t { none, relu, mask, called };
 
 struct Kernel {
   Phase phase;
   Dtype dtype;
   Traversal traversal;
   ActivationClass activation = ActivationClass::none;  // of normalize
-  bool residual = false;                               // of normalize
+  bool residual = false;                               // of normalize; those that call do not ask
   SlopeClass slope = SlopeClass::none;                 // of backward
 };
 
@@ -110,16 +110,15 @@ extern const int kInstructionSetCount;
 inline ActivationClass class_of(const ActivationSpec& activation) {
   return !activation                           ? ActivationClass::none
          : activation.kind == Activation::relu ? ActivationClass::relu
-                                               : ActivationClass::other;
+                                               : ActivationClass::called;
 }
 
 inline SlopeClass slope_of(const BackwardArgs& args) {
   if (!args.activation) return SlopeClass::none;
-  if (args.mask != nullptr)
-    return args.activation.kind == Activation::leaky_relu ? SlopeClass::leaky_mask : SlopeClass::mask;
-  if (args.from_output) return SlopeClass::output;
-  if (args.residual != nullptr) return SlopeClass::residual;
-  return args.activation.kind == Activation::relu ? SlopeClass::relu : SlopeClass::other;
+  const Activation kind = args.activation.kind;
+  if (args.mask != nullptr) return kind == Activation::leaky_relu ? SlopeClass::called : SlopeClass::mask;
+  const bool from_input = args.residual == nullptr && !args.from_output;
+  return from_input && kind == Activation::relu ? SlopeClass::relu : SlopeClass::called;
 }
 
 // The best one this machine supports.
