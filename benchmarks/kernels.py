@@ -22,8 +22,9 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import NamedTemporaryFile, TemporaryDirectory
 
+import numpy as np
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -91,15 +92,17 @@ def find_toolkit(architectures: Sequence[str] | None = None) -> nvcc.Toolkit:
         raise Unavailable(str(error)) from None
 
 
-def read(kernel: Kernel, code: sass.Code) -> None:
+def read(kernel: Kernel, code: np.ndarray) -> None:
     """What the instructions say."""
-    texts = [instruction.text for instruction in code.instructions]
-    wide = {i for i, text in enumerate(texts) if sass.WIDE_LOAD.match(text)}
-    kernel.instructions = sum(not text.startswith("NOP") for text in texts)
-    kernel.wide_loads = len(wide)
-    kernel.wide_stores = sum(bool(sass.WIDE_STORE.match(text)) for text in texts)
-    kernel.local = sum(bool(sass.LOCAL.match(text)) for text in texts)
-    loops = [(len(loop & wide), len(loop)) for loop in code.loops()]
+    wide = np.append(0, np.cumsum(code["wide_load"])).tolist()  # before each instruction, and in all
+    kernel.instructions = int(np.sum(~code["padding"]))
+    kernel.wide_loads = wide[-1]
+    kernel.wide_stores = int(np.sum(code["wide_store"]))
+    kernel.local = int(np.sum(code["local"]))
+    loops = [
+        (sum(wide[run.stop] - wide[run.start] for run in loop), sum(map(len, loop)))
+        for loop in sass.loops(code)
+    ]
     kernel.loop_loads, kernel.loop_instructions = max(
         loops, key=lambda loop: (loop[0], -loop[1]), default=(0, 0)
     )
@@ -131,36 +134,62 @@ def complaints(compiled: Iterable[nvcc.Compiled]) -> list[str]:
     return [f"{name} does not compile in silence:\n{text}" for name, text in texts.items() if text]
 
 
-def cubins(compiled: Iterable[nvcc.Compiled], folder: Path) -> list[Path]:
-    """The machine code out of the objects: a file for each source and architecture, named by both."""
+def cubins(compiled: Iterable[nvcc.Compiled], folder: Path) -> dict[str, list[Path]]:
+    """The machine code out of the objects, by architecture: a file for each source."""
     for one in compiled:
         _said(find_tool("cuobjdump"), "-xelf", "all", str(one.target), folder=folder)
-    return sorted(folder.glob("*.cubin"))
+    by_architecture: dict[str, list[Path]] = {}
+    for cubin in sorted(folder.glob("*.cubin")):
+        found = re.search(r"\.sm_(\d+)(\d[af]?)\.cubin$", cubin.name)
+        assert found, f"cuobjdump named a file {cubin.name}"
+        by_architecture.setdefault(".".join(found.groups()), []).append(cubin)
+    return by_architecture
 
 
-def examine(cubin: Path) -> list[Kernel]:
-    """Every kernel of a file of machine code."""
-    found = re.search(r"\.sm_(\d+)(\d[af]?)\.cubin$", cubin.name)
-    assert found, f"cuobjdump named a file {cubin.name}"
-    codes = sass.codes(_said(find_tool("nvdisasm"), "-c", str(cubin)))
-    used = re.findall(
-        r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+)",
-        _said(find_tool("cuobjdump"), "-res-usage", str(cubin)),
+def disassemble(architecture: str, words: np.ndarray) -> str:
+    """What nvdisasm prints for instructions in a row, as if they were a kernel."""
+    with NamedTemporaryFile() as file:
+        file.write(words.tobytes())
+        file.flush()
+        where = ["--binary", f"SM{architecture.replace('.', '')}", "--base-address", str(sass.ORIGIN)]
+        return _said(find_tool("nvdisasm"), "--no-dataflow", *where, file.name)
+
+
+def examine(architecture: str, files: Sequence[Path]) -> dict[Path, list[Kernel]]:
+    """Every kernel of an architecture, by file of machine code."""
+    sections = {
+        (file, name): words for file in files for name, words in sass.sections(file.read_bytes()).items()
+    }
+    if not sections:
+        return {}
+    code = sass.recognize(
+        np.concatenate(list(sections.values())), functools.partial(disassemble, architecture)
     )
-    kernels = []
-    for (mangled, *numbers), name in zip(used, short_names([one[0] for one in used]), strict=True):
-        registers, stack, shared = map(int, numbers)
-        kernel = Kernel(name, ".".join(found.groups()), registers, stack, shared)
-        read(kernel, codes[mangled])
-        kernels.append(kernel)
-    return sorted(kernels, key=lambda kernel: kernel.name)
+    ends = np.cumsum([len(words) for words in sections.values()])
+    codes = dict(zip(sections, np.split(code, ends[:-1]), strict=True))
+    by_file = {}
+    for file in files:
+        used = re.findall(
+            r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+)",
+            _said(find_tool("cuobjdump"), "-res-usage", str(file)),
+        )
+        kernels = []
+        for (mangled, *numbers), name in zip(used, short_names([one[0] for one in used]), strict=True):
+            registers, stack, shared = map(int, numbers)
+            kernel = Kernel(name, architecture, registers, stack, shared)
+            read(kernel, codes[file, mangled])
+            kernels.append(kernel)
+        by_file[file] = sorted(kernels, key=lambda kernel: kernel.name)
+    return by_file
 
 
 def examine_all(compiled: Sequence[nvcc.Compiled]) -> list[Kernel]:
     with TemporaryDirectory() as folder, ProcessPoolExecutor(nvcc.jobs()) as pool:
         files = cubins(compiled, Path(folder))
-        running = track(pool.map(examine, files), "reading", total=len(files), console=Console(stderr=True))
-        return [kernel for kernels in running for kernel in kernels]
+        running = pool.map(examine, files.keys(), files.values())
+        done = track(running, "reading", total=len(files), console=Console(stderr=True))
+        by_file = {file: kernels for part in done for file, kernels in part.items()}
+    return [kernel for file in sorted(by_file) for kernel in by_file[file]]
 
 
 def show(kernels: Sequence[Kernel], console: Console) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from build_backend import nvcc
@@ -75,12 +76,17 @@ def toolkit() -> nvcc.Toolkit:
 
 
 @pytest.fixture(scope="module")
-def examined(toolkit: nvcc.Toolkit, tmp_path_factory: pytest.TempPathFactory) -> dict[str, kernels.Kernel]:
+def compiled(toolkit: nvcc.Toolkit, tmp_path_factory: pytest.TempPathFactory) -> list[nvcc.Compiled]:
     folder = tmp_path_factory.mktemp("kernels")
     source = folder / "snippets.cu"
     source.write_text(SNIPPETS)
     compiled = toolkit.compile([source], folder)
     assert kernels.complaints(compiled) == []
+    return compiled
+
+
+@pytest.fixture(scope="module")
+def examined(compiled: list[nvcc.Compiled]) -> dict[str, kernels.Kernel]:
     return {kernel.name: kernel for kernel in kernels.examine_all(compiled)}
 
 
@@ -122,6 +128,28 @@ def test_an_exempt_kernel_needs_a_reason(
     assert examined["scalar_kernel"].faults() == []
 
 
+def test_a_file_without_kernels_has_none(toolkit: nvcc.Toolkit, tmp_path: Path) -> None:
+    source = tmp_path / "empty.cu"
+    source.write_text("int host() { return 1; }\n")
+    assert kernels.examine_all(toolkit.compile([source], tmp_path)) == []
+
+
+def test_some_instructions_tell_of_all(compiled: list[nvcc.Compiled], tmp_path: Path) -> None:
+    """What is recognized is what nvdisasm says when it is asked about every instruction."""
+    (file,) = kernels.cubins(compiled, tmp_path)["9.0"]
+    words = np.concatenate(list(sass.sections(file.read_bytes()).values()))
+    asked = []
+
+    def disassemble(some: np.ndarray) -> str:
+        asked.append(len(some))
+        return kernels.disassemble("9.0", some)
+
+    code = sass.recognize(words, disassemble)
+    assert (code == sass.parse(kernels.disassemble("9.0", words))).all()
+    assert code["wide_load"].any() and code["local"].any() and not code["goes_on"].all()
+    assert all(count < len(words) for count in asked)
+
+
 def test_a_warning_is_a_fault(toolkit: nvcc.Toolkit, tmp_path: Path) -> None:
     source = tmp_path / "warning.cu"
     source.write_text("__global__ void unused_kernel(int* y) { int unused = 1; *y = 2; }\n")
@@ -140,37 +168,45 @@ def test_an_error_ends_the_compilation(toolkit: nvcc.Toolkit, tmp_path: Path) ->
 
 
 LISTING = """
-	.section	.text.outer_kernel,"ax",@progbits
-.text.outer_kernel:
-outer_kernel:
-        /*0000*/                   S2R R0, SR_TID.X ;
-        /*0010*/               @P0 EXIT ;
-.L_x_0:
-        /*0020*/                   LDG.E.EF.128 R4, desc[UR4][R2.64] ;
-        /*0030*/                   LDG.E.128.SYS R8, [R2] ;
-.L_x_1:
-        /*0040*/                   LDG.E.128.CONSTANT R4, desc[UR4][R2.64] ;
-        /*0050*/                   BRA.U UP0, `(.L_x_1) ;
-        /*0060*/              @!P1 BRA `(.L_x_3) ;
-.L_x_2:
-        /*0070*/               @P0 BRA `(.L_x_0) ;
-        /*0080*/                   EXIT ;
-.L_x_3:
-        /*0090*/                   STG.E.EF.128 desc[UR4][R2.64], R4 ;
-        /*00a0*/                   LDG.E.64 R4, desc[UR4][R2.64] ;
-        /*00b0*/                   BRA `(.L_x_2) ;
-.L_x_4:
-        /*00c0*/                   BRA `(.L_x_4);
-        /*00d0*/                   NOP;
+	.headerflags	@"EF_CUDA_64BIT_ADDRESS EF_CUDA_SM90 EF_CUDA_VIRTUAL_SM(EF_CUDA_SM90)"
+        /*1000000*/                   S2R R0, SR_TID.X ;
+        /*1000010*/               @P0 EXIT ;
+        /*1000020*/                   LDG.E.EF.128 R4, desc[UR4][R2.64] ;
+        /*1000030*/                   LDG.E.128.SYS R8, [R2] ;
+        /*1000040*/                   LDG.E.128.CONSTANT R4, desc[UR4][R2.64] ;
+        /*1000050*/                   BRA.U UP0, 0x1000040 ;
+        /*1000060*/              @!P1 BRA 0x1000090 ;
+        /*1000070*/               @P0 BRA 0x1000020 ;
+        /*1000080*/                   EXIT ;
+        /*1000090*/                   STG.E.EF.128 desc[UR4][R2.64], R4 ;
+        /*10000a0*/                   LDG.E.64 R4, desc[UR4][R2.64] ;
+        /*10000b0*/                   BRA 0x1000070 ;
+        /*10000c0*/                   BRA 0x10000c0;
+        /*10000d0*/                   NOP;
 """
 
 
 def test_a_loop_is_its_own_instructions() -> None:
     """Without loops inside it; with a part that stands elsewhere, whose way back is no loop of its own."""
-    (code,) = sass.codes(LISTING).values()
-    own = sorted(sorted(loop) for loop in code.loops())
+    code = sass.parse(LISTING)
+    own = sorted(sorted(i for run in loop for i in run) for loop in sass.loops(code))
     assert own == [[2, 3, 6, 7, 9, 10, 11], [4, 5], [12]]
     kernel = kernels.Kernel("outer_kernel", "9.0")
     kernels.read(kernel, code)
     assert (kernel.wide_loads, kernel.wide_stores, kernel.local, kernel.instructions) == (3, 1, 0, 13)
     assert (kernel.loop_loads, kernel.loop_instructions) == (2, 7)
+
+
+def printed(*texts: str) -> str:
+    return "".join(f"        /*{sass.SIZE * i:04x}*/  {text} ;\n" for i, text in enumerate(texts))
+
+
+def test_a_width_among_the_registers_is_noticed() -> None:
+    """Of instructions that count as alike two are read, and have to say the same."""
+    words = np.array([[1 << 16, 0], [2 << 16, 0], [3 << 16, 0]], "<u8")
+    same = sass.recognize(words, lambda some: printed(*(f"LDG.E.128 R{i}, [R4]" for i in range(len(some)))))
+    assert same["wide_load"].tolist() == [True] * 3
+    with pytest.raises(ValueError, match="of two kinds"):
+        sass.recognize(words, lambda some: printed("LDG.E.128 R1, [R4]", "LDG.E.64 R3, [R4]"))
+    with pytest.raises(ValueError, match="of 2 instructions 1 were"):
+        sass.recognize(words, lambda some: printed("LDG.E.128 R1, [R4]"))
