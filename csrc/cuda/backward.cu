@@ -12,7 +12,7 @@ constexpr char kName[] = "bnext::batch_norm_backward";
 
 // Blocks of a multiprocessor that the registers of a planes kernel leave room for.
 template <class T, Slope kSlope>
-constexpr int kBlocks = 3 - int{kSlope == Slope::found} - int{sizeof(T) == 8};
+constexpr int kBlocks = 3 - int{is_found(kSlope)} - int{sizeof(T) == 8};
 template <class T, Slope kSlope, Statistics kStatistics>
 constexpr int kSumsBlocks = kStatistics == Statistics::fixed ? 2 : kBlocks<T, kSlope>;
 
@@ -33,7 +33,7 @@ grad_sums_planes_kernel(const BNEXT_PARAMETER BackwardParams p) {
 }
 
 template <class T, Slope kSlope, Statistics kStatistics>
-BNEXT_KERNEL(256, kSlope == Slope::found ? 1 : 2)
+BNEXT_KERNEL(256, is_found(kSlope) ? 1 : 2)
 input_grad_rows_kernel(const BNEXT_PARAMETER BackwardParams p) {
   wait_for_previous();
   InputGradMap<T, kSlope, kStatistics> map{{p}};
@@ -108,13 +108,17 @@ void backward(const BackwardArgs& args, const Plan& plan, const Workspace& works
                    plan.streaming_stores ? Reuse::no : Reuse::yes};
   p.args.extent = plan.extent;
   dispatch(args.dtype, [&]<class T>() {
-    switch (slope_of(args)) {
-      case Slope::one:
-        return launch_with<T, Slope::one>(p, plan, workspace.stream);
-      case Slope::mask:
-        return launch_with<T, Slope::mask>(p, plan, workspace.stream);
-      case Slope::found:
-        return launch_with<T, Slope::found>(p, plan, workspace.stream);
+    if constexpr (sizeof(T) == 8) {
+      launch_with<T, Slope::any>(p, plan, workspace.stream);  // of float64 one for all will do
+    } else {
+      switch (slope_of(args)) {
+        case Slope::mask:
+          return launch_with<T, Slope::mask>(p, plan, workspace.stream);
+        case Slope::found:
+          return launch_with<T, Slope::found>(p, plan, workspace.stream);
+        default:
+          return launch_with<T, Slope::one>(p, plan, workspace.stream);
+      }
     }
   });
 }

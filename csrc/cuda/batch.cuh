@@ -3,7 +3,7 @@
 //
 // An operation, be it a Reducer or a Map, has tensors of Storage, computes in Math, and has
 // - kInputs tensors input(i), of which those from kSureInputs on may be null;
-// - kReadsMask, and if so mask();
+// - kReadsMask, and if so mask(), if it has_mask();
 // - kOutputs tensors output(i), of which those from kSureOutputs on may be null.
 #pragma once
 
@@ -74,8 +74,8 @@ BNEXT_DEVICE void load_bits(const Operation& operation, const Span (&places)[kVe
     if constexpr (Operation::kReadsMask) {
       const Span& place = places[u];
       const int64_t numel = operation.input(0).numel;
-      const bool there =
-          place.high > place.low && (kWhole || (place.at + place.high > 0 && place.at < numel));
+      const bool there = operation.has_mask() && place.high > place.low &&
+                         (kWhole || (place.at + place.high > 0 && place.at < numel));
       if (there) batch.bits[u] = mask_bits<kCount>(operation.mask(), place.at);
     }
   }

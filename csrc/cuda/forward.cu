@@ -65,11 +65,15 @@ void launch_all(const ForwardParams& p, const Plan& plan, void* stream) {
            reduce_memory<MomentsReducer<T>>(plan.reduce), stream, p);
   }
   if (!plan.maps) return;
-  const bool elementary = is_elementary(p.args.activation.kind);
-  if (p.args.residual != nullptr || p.mask.data != nullptr) {
-    elementary ? launch_map<T, true, true>(p, plan, stream) : launch_map<T, true, false>(p, plan, stream);
+  if constexpr (sizeof(T) == 8) {
+    launch_map<T, true, true>(p, plan, stream);  // of float64 one for all will do
   } else {
-    elementary ? launch_map<T, false, true>(p, plan, stream) : launch_map<T, false, false>(p, plan, stream);
+    const bool elementary = is_elementary(p.args.activation.kind);
+    if (p.args.residual != nullptr || p.mask.data != nullptr) {
+      elementary ? launch_map<T, true, true>(p, plan, stream) : launch_map<T, true, false>(p, plan, stream);
+    } else {
+      elementary ? launch_map<T, false, true>(p, plan, stream) : launch_map<T, false, false>(p, plan, stream);
+    }
   }
 }
 

@@ -11,8 +11,10 @@
 namespace bnext::cuda {
 
 // What dz is found from, besides dy: nothing, without an activation; the forward pass's mask; the
-// activation's input or output.
-enum class Slope : uint8_t { one, mask, found };
+// activation's input or output; any of these, asked as the kernel runs.
+enum class Slope : uint8_t { one, mask, found, any };
+
+constexpr bool is_found(Slope slope) { return slope == Slope::found || slope == Slope::any; }
 
 inline Slope slope_of(const BackwardArgs& args) {
   return !args.activation ? Slope::one : args.mask != nullptr ? Slope::mask : Slope::found;
@@ -92,10 +94,10 @@ struct Gradient {
   template <class Operation, int kCount, class Terms>
   BNEXT_DEVICE void find(Elements<Operation, kCount>& elements, Terms terms) const {
     auto& values = elements.values;
-    if constexpr (kSlope == Slope::found) {
-      find(values[0], values[1], values[2], terms);
-    } else if constexpr (kSlope == Slope::mask) {
+    if (kSlope == Slope::mask || (kSlope == Slope::any && args.mask != nullptr)) {
       masked_grad_all(args.activation, values[0], elements.passes);
+    } else if constexpr (is_found(kSlope)) {
+      find(values[0], values[1], values[2], terms);
     }
   }
 };

@@ -21,16 +21,16 @@ struct BackwardParams {
 enum class Statistics : uint8_t { batch, fixed, either };
 
 template <Slope kSlope>
-constexpr Statistics kBatch = kSlope == Slope::found ? Statistics::either : Statistics::batch;
+constexpr Statistics kBatch = is_found(kSlope) ? Statistics::either : Statistics::batch;
 template <Slope kSlope>
-constexpr Statistics kFixed = kSlope == Slope::found ? Statistics::either : Statistics::fixed;
+constexpr Statistics kFixed = is_found(kSlope) ? Statistics::either : Statistics::fixed;
 
 // What both kernels read and write. dresidual belongs to an activation's input.
 template <class T, Slope kSlope, Statistics kStatistics>
 struct BackwardTensors {
   using Storage = T;
   using Math = opmath_t<T>;
-  static constexpr bool kFound = kSlope == Slope::found, kReadsMask = kSlope == Slope::mask;
+  static constexpr bool kFound = is_found(kSlope), kReadsMask = kSlope == Slope::mask || kSlope == Slope::any;
   static constexpr int kTensorsOut = kSlope == Slope::one ? 1 : 2;
 
   const BackwardParams& p;
@@ -47,6 +47,7 @@ struct BackwardTensors {
     return {static_cast<T*>(data), p.args.extent.numel(), p.output_reuse};
   }
   BNEXT_DEVICE const void* mask() const { return p.args.mask; }
+  BNEXT_DEVICE bool has_mask() const { return kSlope != Slope::any || p.args.mask != nullptr; }
   BNEXT_DEVICE Gradient<T, kSlope> gradient() const { return {p.args}; }
 };
 
