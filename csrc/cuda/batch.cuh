@@ -24,9 +24,7 @@ struct Batch {
 
 template <int kCount>
 BNEXT_DEVICE uint32_t lanes_there(const Span& place) {
-  constexpr uint32_t kAll = (1u << kCount) - 1;
-  const uint32_t from = place.low <= 0 ? kAll : kAll & ~((1u << min_of(place.low, kCount)) - 1);
-  return place.high >= kCount ? from : place.high <= 0 ? 0 : from & ((1u << place.high) - 1);
+  return lanes_there<kCount>(0, place.low, place.high, kCount);
 }
 
 // Elements of a batch, taken out.

@@ -31,10 +31,9 @@ struct MaskOutput {
   BNEXT_DEVICE void write(const Span& place, uint32_t bits) const {
     int64_t e = place.at;
     if constexpr (!kWhole) {
-      const int low = static_cast<int>(e < -place.low ? -e : place.low);
-      const int high = static_cast<int>(min_of<int64_t>(place.high, numel - e));
-      if (low >= high) return;
-      bits &= (1u << high) - (1u << low);
+      const uint32_t there = lanes_there<kCount>(e, place.low, place.high, numel);
+      if (there == 0) return;
+      bits &= there;
     }
     if (whole_bytes) {
       store(static_cast<uint8_t*>(data) + e / 8, static_cast<uint8_t>(bits));

@@ -56,6 +56,14 @@ BNEXT_DEVICE Span span_of(int64_t run, int64_t length, int64_t vector, int phase
   return {run + first, vector == 0 ? before : 0, static_cast<int>(min_of<int64_t>(kCount, length - first))};
 }
 
+// A bit for each of a vector's elements e + [low, high) that the tensor has; low is not negative.
+template <int kCount>
+BNEXT_DEVICE uint32_t lanes_there(int64_t e, int low, int high, int64_t numel) {
+  const int64_t from = e < -low ? -e : low;
+  const int64_t to = min_of<int64_t>(min_of(high, kCount), numel - e);
+  return from < to ? (1u << to) - (1u << from) : 0;
+}
+
 // Elements from the boundary of sixteen bytes at or before p.
 template <class T>
 BNEXT_DEVICE int phase_of(const T* p) {
@@ -77,7 +85,8 @@ struct Input {
   template <Reuse kReuse>
   BNEXT_DEVICE Vector16 load_any(int64_t e, int low, int high) const {
     constexpr int kCount = kLanes<T>;
-    if (low <= 0 && high >= kCount && e >= 0 && e + kCount <= numel) {
+    const uint32_t there = lanes_there<kCount>(e, low, high, numel);
+    if (there == (1u << kCount) - 1) {
       const auto shift = static_cast<unsigned>(reinterpret_cast<uintptr_t>(data + e) % 16);
       if (shift == 0) return load<kReuse>(e);
       const int64_t boundary = e - shift / static_cast<int>(sizeof(T));
@@ -88,7 +97,7 @@ struct Input {
     Vector16 v{};
     BNEXT_UNROLL
     for (int lane = 0; lane < kCount; ++lane) {
-      if (lane >= low && lane < high && e + lane >= 0 && e + lane < numel) {
+      if ((there >> lane & 1) != 0) {
         set_element_bits<T>(v, lane, reinterpret_cast<const bits_t<T>*>(data)[e + lane]);
       }
     }
@@ -108,13 +117,11 @@ struct Output {
   // lies on a boundary.
   BNEXT_DEVICE void store_any(int64_t e, int low, int high, const Vector16& v) const {
     constexpr int kCount = kLanes<T>;
-    if (low <= 0 && high >= kCount && e >= 0 && e + kCount <= numel &&
-        reinterpret_cast<uintptr_t>(data + e) % 16 == 0) {
-      return store(e, v);
-    }
+    const uint32_t there = lanes_there<kCount>(e, low, high, numel);
+    if (there == (1u << kCount) - 1 && reinterpret_cast<uintptr_t>(data + e) % 16 == 0) return store(e, v);
     BNEXT_UNROLL
     for (int lane = 0; lane < kCount; ++lane) {
-      if (lane >= low && lane < high && e + lane >= 0 && e + lane < numel) {
+      if ((there >> lane & 1) != 0) {
         cuda::store(reinterpret_cast<bits_t<T>*>(data) + e + lane, element_bits<T>(v, lane));
       }
     }
