@@ -25,8 +25,9 @@ BUILT = ROOT / "build" / "cuda_on_host"
 # The model's own sources in cuda_on_host/: to be built into every executable.
 MODEL = ["model.cpp", "model_group.cpp", "model_copies.cpp", "scheduler.cpp", "fiber.cpp"]
 
+# What takes least of compiling and running together: -O2 runs a sixth faster, and compiles for twice as long.
 VARIANTS = {
-    "plain": ["-O2"],
+    "plain": ["-Og"],
     "address": ["-Og", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"],
     "thread": ["-O1", "-g1", "-fsanitize=thread"],
 }
