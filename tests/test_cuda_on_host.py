@@ -45,9 +45,10 @@ def test_matrix(dtypes: Dtypes, mode: Mode) -> None:
     """Every layout kernels know, every parameter set, on and off the boundaries of vectors."""
     run_and_check(
         [
-            HostCall(make(SHAPE_OF_RANK[layout.rank], layout, dtypes, mode, parameters), shifts=shifts)
+            HostCall(problem, shifts=shifts)
             for layout in KEPT_LAYOUTS
             for parameters in PARAMETERS
+            for problem in [make(SHAPE_OF_RANK[layout.rank], layout, dtypes, mode, parameters)]
             for shifts in ((0, 0, 0), (1, 0, 0), (1, 1, 0), (0, 1, 0), (1, 1, 1), (0, 0, 1))
         ]
     )
@@ -60,9 +61,10 @@ def test_sizes(dtypes: Dtypes) -> None:
     shapes += [(shape, "nc") for shape in MATRICES]
     run_and_check(
         [
-            HostCall(make(shape, LAYOUT[name], dtypes, TRAIN), schedule)
+            HostCall(problem, schedule)
             for shape, name in shapes
             if torch.Size(shape).numel() <= 200_000
+            for problem in [make(shape, LAYOUT[name], dtypes, TRAIN)]
             for schedule in (Schedule(), Schedule(block_threads=96, multiprocessors=7))
         ]
     )

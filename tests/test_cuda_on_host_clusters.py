@@ -27,8 +27,9 @@ LONG_RUNS = [
 def test_clusters(dtypes: Dtypes) -> None:
     """Of any size that there is; also where no more than one is alive at a time."""
     calls = [
-        HostCall(make(shape, LAYOUT[name], dtypes, TRAIN), schedule, shifts=shifts, counter=3)
+        HostCall(problem, schedule, shifts=shifts, counter=3)
         for shape, name in SHARED
+        for problem in [make(shape, LAYOUT[name], dtypes, TRAIN)]
         for schedule in (CLUSTERS, replace(CLUSTERS, order="random", seed=3, resident_blocks=1))
         for shifts in ((0, 0, 0), (1, 0, 0), (1, 1, 1))
     ]

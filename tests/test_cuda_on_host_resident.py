@@ -79,14 +79,10 @@ def run(calls: list[HostCall], variant: str = "plain") -> list[Result]:
 def test_alone(dtypes: Dtypes) -> None:
     """Every layout kernels know, every parameter set, on and off the boundaries of vectors; sizes of all kinds."""
     calls = [
-        HostCall(
-            make(SHAPE_OF_RANK[layout.rank], layout, dtypes, TRAIN, parameters),
-            ALONE,
-            shifts=shifts,
-            counter=3,
-        )
+        HostCall(problem, ALONE, shifts=shifts, counter=3)
         for layout in KEPT_LAYOUTS
         for parameters in PARAMETERS
+        for problem in [make(SHAPE_OF_RANK[layout.rank], layout, dtypes, TRAIN, parameters)]
         for shifts in ((0, 0, 0), (1, 0, 0), (1, 1, 0), (0, 1, 0), (1, 1, 1), (0, 0, 1))
     ]
     shapes = [(shape, name) for shape in SIZES for name in ("nchw", "nhwc")]
@@ -104,8 +100,9 @@ def test_alone(dtypes: Dtypes) -> None:
 @every_kept
 def test_blocks_that_wait_for_each_other(dtypes: Dtypes, schedule: Schedule) -> None:
     calls = [
-        HostCall(make(shape, LAYOUT[name], dtypes, TRAIN), schedule, shifts=shifts, counter=3)
+        HostCall(problem, schedule, shifts=shifts, counter=3)
         for shape, name in SHARED
+        for problem in [make(shape, LAYOUT[name], dtypes, TRAIN)]
         for shifts in ((0, 0, 0), (1, 0, 0), (1, 1, 1))
     ]
     for result in run(calls):
@@ -119,13 +116,9 @@ def test_activation_and_residual(dtypes: Dtypes, active: Active | None) -> None:
     for schedule, shapes in ((ALONE, SMALL), (IN_TURNS, SHARED)):
         for shape, name in shapes:
             calls.append(HostCall(make_active(active, shape, LAYOUT[name], dtypes, TRAIN), schedule))
+            problem = joined(active, shape, name, dtypes, TRAIN)
             calls += [
-                HostCall(
-                    joined(active, shape, name, dtypes, TRAIN),
-                    schedule,
-                    shifts=shifts,
-                    residual_shifts=others,
-                )
+                HostCall(problem, schedule, shifts=shifts, residual_shifts=others)
                 for shifts, others in (SHIFTS[0], SHIFTS[1], SHIFTS[5])
             ]
     run(calls)
