@@ -47,7 +47,11 @@ def process(rank: int, world: int, folder: Path) -> None:
 def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
     """Of every process: what went wrong by scenario."""
     folder = tmp_path_factory.mktemp("processes")
-    multiprocessing.spawn(process, (request.param, folder), nprocs=request.param)
+    # Forks of one process that has imported these, not each anew.
+    multiprocessing.get_context("forkserver").set_forkserver_preload(["torch._inductor.compile_fx"])
+    multiprocessing.start_processes(
+        process, (request.param, folder), nprocs=request.param, start_method="forkserver"
+    )
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(request.param)]
 
 
