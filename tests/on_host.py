@@ -5,6 +5,7 @@ A variant is how one is compiled: plain, or for a sanitizer, `address` (with und
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import functools
 import os
@@ -13,7 +14,7 @@ import shutil
 import subprocess
 import tempfile
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -21,6 +22,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 BUILT = ROOT / "build" / "cuda_on_host"
+
+INCLUDES = ["-I", str(ROOT / "csrc"), "-I", str(ROOT / "tests" / "cuda_on_host")]
 
 # The model's own sources in cuda_on_host/: to be built into every executable.
 MODEL = ["model.cpp", "model_group.cpp", "model_copies.cpp", "scheduler.cpp", "fiber.cpp"]
@@ -44,8 +47,16 @@ def compiler() -> list[str]:
     return shlex.split(os.environ.get("CXX", "g++"))
 
 
-def _compile(variant: str, flags: Sequence[str] = ()) -> list[str]:
-    return [*compiler(), "-std=c++20", "-Wall", "-Wextra", *VARIANTS[variant], *flags]
+def _compile(variant: str) -> list[str]:
+    return [*compiler(), "-std=c++20", "-Wall", "-Wextra", "-Wno-unknown-pragmas", *VARIANTS[variant]]
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """One process at a time."""
+    with path.open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def _newest(dependencies: Path) -> float:
@@ -68,24 +79,25 @@ def _run(command: list[str]) -> None:
 
 
 def _object(folder: Path, source: Path, command: list[str]) -> Path:
-    """The source compiled, again only if it, a header or the command has changed."""
+    """The source compiled, for all executables, again only if it, a header or the command has changed."""
     target = folder / f"{source.name}.o"
     said, dependencies = folder / f"{source.name}.command", folder / f"{source.name}.d"
     language = ["-x", "c++"] if source.suffix == ".cu" else []
     command = [*command, "-MMD", "-MF", str(dependencies), "-c", *language, str(source), "-o", str(target)]
     line = shlex.join(command)
-    current = target.exists() and said.exists() and said.read_text() == line
-    if not current or _newest(dependencies) > target.stat().st_mtime:
-        said.unlink(missing_ok=True)
-        _run(command)
-        said.write_text(line)
+    with _locked(folder / f"{source.name}.lock"):
+        current = target.exists() and said.exists() and said.read_text() == line
+        if not current or _newest(dependencies) > target.stat().st_mtime:
+            said.unlink(missing_ok=True)
+            _run(command)
+            said.write_text(line)
     return target
 
 
-def _built(folder: Path, name: str, variant: str, sources: Sequence[Path], flags: Sequence[str]) -> Path:
-    command = _compile(variant, flags)
+def _built(folder: Path, name: str, variant: str, sources: Sequence[Path]) -> Path:
+    command = [*_compile(variant), *INCLUDES]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        objects = list(pool.map(lambda source: _object(folder, source, command), sources))
+        objects = list(pool.map(lambda source: _object(folder.parent, source, command), sources))
     program, said = folder / name, folder / "link.command"
     command = [*_compile(variant), *map(str, objects), "-o", str(program)]
     line = shlex.join(command)
@@ -97,7 +109,7 @@ def _built(folder: Path, name: str, variant: str, sources: Sequence[Path], flags
     return program
 
 
-def build(name: str, variant: str, sources: Sequence[Path], flags: Sequence[str] = ()) -> Path:
+def build(name: str, variant: str, sources: Sequence[Path]) -> Path:
     """The executable of these sources, .cu as C++. Skips the test if the compiler cannot make the variant.
 
     Processes that want the same one wait for the first to have built it.
@@ -107,9 +119,8 @@ def build(name: str, variant: str, sources: Sequence[Path], flags: Sequence[str]
         pytest.skip(reason)
     folder = BUILT / variant / name
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        return _built(folder, name, variant, sources, flags)
+    with _locked(folder / "lock"):
+        return _built(folder, name, variant, sources)
 
 
 @functools.cache
