@@ -82,9 +82,9 @@ struct Called {
 };
 
 // ---- backward: dy to dz ----
-// With kFromInput apply(span, offset, dy, value, z): value is x, or stands for it, z = normalize(value). Else,
-// with kActive, apply(span, offset, dy). kResidual: dz may be stored as dresidual. reads(): tensors that are
-// read besides dy and x.
+// With kFromInput apply(span, offset, dy, value, z): value is x, or stands for it, z = normalize(value).
+// Else, with kActive, apply(span, offset, dy). kResidual: dz may be stored as dresidual. reads(): tensors
+// that are read besides dy and x.
 
 struct ReadsNoMore {
   static constexpr int reads() { return 0; }
@@ -149,9 +149,8 @@ struct CalledSlope {
   template <class Span>
   BNEXT_INLINE void apply(Span span, int64_t offset, Lanes<A>& dy, Lanes<A>& value, Lanes<A> z) const {
     if (mask != nullptr) {
-      const Lanes<A> blocked = generate<A>([&](auto i) __attribute__((always_inline)) {
-        return blocked_grad(kind, param, dy.part[i.value]);
-      });
+      const Lanes<A> blocked = generate<A>(
+          [&](auto i) __attribute__((always_inline)) { return blocked_grad(kind, param, dy.part[i.value]); });
       dy = select<T>(read_bits(mask, span.begin(offset)), dy, blocked);
     } else if (from_output) {
       call_from_output<T>(kind, param, dy, value);
