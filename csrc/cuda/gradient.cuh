@@ -16,7 +16,7 @@ enum class Slope : uint8_t { one, mask, found, any };
 
 constexpr bool is_found(Slope slope) { return slope == Slope::found || slope == Slope::any; }
 
-inline Slope slope_of(const BackwardArgs& args) {
+BNEXT_HOST_DEVICE Slope slope_of(const BackwardArgs& args) {
   return !args.activation ? Slope::one : args.mask != nullptr ? Slope::mask : Slope::found;
 }
 

@@ -125,9 +125,18 @@ struct InputGradMap : BackwardTensors<T, kSlope, kStatistics> {
   using Tensors::fixed, Tensors::gradient, Tensors::kFound, Tensors::p;
   static constexpr bool kMaySlope = kStatistics != Statistics::fixed, kReadsX = kFound || kMaySlope;
   static constexpr int kRest = kFound ? 4 : 2, kCoefficients = kMaySlope ? kRest + 2 : 1;
-  static constexpr int kInputs = kFound ? 3 : kReadsX ? 2 : 1, kSureInputs = kReadsX ? 2 : 1;
+  static constexpr int kInputs = kFound ? 3 : kReadsX ? 2 : 1;
+  static constexpr int kSureInputs = kReadsX && kSlope != Slope::any ? 2 : 1;
   static constexpr int kOutputs = Tensors::kTensorsOut, kSureOutputs = 1;
   static constexpr bool kWritesMask = false;
+
+  BNEXT_DEVICE Input<T> input(int i) const {
+    Input<T> in = Tensors::input(i);
+    if constexpr (kSlope == Slope::any) {
+      if (i == 1 && fixed() && slope_of(p.args) != Slope::found) in.data = nullptr;
+    }
+    return in;
+  }
 
   BNEXT_DEVICE void coefficients(int64_t c, bool, Math (&values)[kCoefficients]) const {
     coefficients(c, fixed() ? Sums{} : p.totals[c], values);
