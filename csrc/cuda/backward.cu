@@ -108,17 +108,15 @@ void backward(const BackwardArgs& args, const Plan& plan, const Workspace& works
                    plan.streaming_stores ? Reuse::no : Reuse::yes};
   p.args.extent = plan.extent;
   dispatch(args.dtype, [&]<class T>() {
-    if constexpr (sizeof(T) == 8) {
-      launch_with<T, Slope::any>(p, plan, workspace.stream);  // of float64 one for all will do
+    const Slope slope = slope_of(args);
+    if (slope == Slope::one) {
+      launch_with<T, Slope::one>(p, plan, workspace.stream);
+    } else if constexpr (sizeof(T) == 8) {
+      launch_with<T, Slope::any>(p, plan, workspace.stream);  // of float64 one for both
+    } else if (slope == Slope::mask) {
+      launch_with<T, Slope::mask>(p, plan, workspace.stream);
     } else {
-      switch (slope_of(args)) {
-        case Slope::mask:
-          return launch_with<T, Slope::mask>(p, plan, workspace.stream);
-        case Slope::found:
-          return launch_with<T, Slope::found>(p, plan, workspace.stream);
-        default:
-          return launch_with<T, Slope::one>(p, plan, workspace.stream);
-      }
+      launch_with<T, Slope::found>(p, plan, workspace.stream);
     }
   });
 }

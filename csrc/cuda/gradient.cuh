@@ -11,12 +11,12 @@
 namespace bnext::cuda {
 
 // What dz is found from, besides dy: nothing, without an activation; the forward pass's mask; the
-// activation's input or output; any of these, asked as the kernel runs.
+// activation's input or output; either of the latter two, asked as the kernel runs.
 enum class Slope : uint8_t { one, mask, found, any };
 
 constexpr bool is_found(Slope slope) { return slope == Slope::found || slope == Slope::any; }
 
-BNEXT_HOST_DEVICE Slope slope_of(const BackwardArgs& args) {
+inline Slope slope_of(const BackwardArgs& args) {
   return !args.activation ? Slope::one : args.mask != nullptr ? Slope::mask : Slope::found;
 }
 

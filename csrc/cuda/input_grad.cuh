@@ -133,7 +133,7 @@ struct InputGradMap : BackwardTensors<T, kSlope, kStatistics> {
   BNEXT_DEVICE Input<T> input(int i) const {
     Input<T> in = Tensors::input(i);
     if constexpr (kSlope == Slope::any) {
-      if (i == 1 && fixed() && slope_of(p.args) != Slope::found) in.data = nullptr;
+      if (i == 1 && fixed() && this->has_mask()) in.data = nullptr;
     }
     return in;
   }
