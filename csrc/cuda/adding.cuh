@@ -7,6 +7,9 @@
 //   Those that are not there are zero, or, if it takes sums kAroundFirst, like the first that is;
 // - fold(channel, center, sums), what follows once per channel, and fetch_for_fold(channel), what that reads,
 //   towards L2;
+// - kVectors of a run, or kRowVectors one beneath the other, in flight at a time; kKeptVectors of the latter,
+//   out of block memory; and kColumnBatch, how many of a column at most are summed before their sums are
+//   added in double. On the last three the bits of sums depend;
 // - kReuse: whether a map comes after it;
 // - phase(), of the tensor on whose boundaries the vectors of planes should lie.
 #pragma once
@@ -33,6 +36,8 @@ BNEXT_DEVICE void put_back(const Reducer& reducer, Batch& batch, int vector, int
 template <int kFirst, int kEnd, class Reducer, int kVectors, bool kWhole>
 BNEXT_DEVICE void add_columns(const Reducer& reducer, Batch<Reducer, kVectors, kWhole>& batch,
                               const typename Reducer::Centers& centers, Sums* sums) {
+  constexpr int kTogether = min_of(kVectors, Reducer::kColumnBatch);
+  static_assert(kTogether == kVectors || !Reducer::kAroundFirst);
   if constexpr (Reducer::kAroundFirst && kWhole) {
     BNEXT_UNROLL
     for (int u = 1; u < kVectors; ++u) {
@@ -41,18 +46,21 @@ BNEXT_DEVICE void add_columns(const Reducer& reducer, Batch<Reducer, kVectors, k
   }
   BNEXT_UNROLL
   for (int lane = kFirst; lane < kEnd; ++lane) {
-    Elements<Reducer, kVectors> elements;
-    elements.count = 0;
     BNEXT_UNROLL
-    for (int u = 0; u < kVectors; ++u) {
-      const bool there = (batch.there[u] >> lane & 1) != 0;
-      elements.count += int{there};
-      elements.take(u, batch, u, lane);
-      if (Reducer::kAroundFirst && !kWhole && !there) elements.values[0][u] = elements.values[0][0];
+    for (int first = 0; first < kVectors; first += kTogether) {
+      Elements<Reducer, kTogether> elements;
+      elements.count = 0;
+      BNEXT_UNROLL
+      for (int u = 0; u < kTogether; ++u) {
+        const bool there = (batch.there[first + u] >> lane & 1) != 0;
+        elements.count += int{there};
+        elements.take(u, batch, first + u, lane);
+        if (Reducer::kAroundFirst && !kWhole && !there) elements.values[0][u] = elements.values[0][0];
+      }
+      reducer.add(sums[lane], elements, centers.at(lane));
+      BNEXT_UNROLL
+      for (int u = 0; u < kTogether; ++u) put_back(reducer, batch, first + u, lane, elements, u);
     }
-    reducer.add(sums[lane], elements, centers.at(lane));
-    BNEXT_UNROLL
-    for (int u = 0; u < kVectors; ++u) put_back(reducer, batch, u, lane, elements, u);
   }
 }
 

@@ -61,6 +61,9 @@ struct GradSumsReducer : BackwardTensors<T, kSlope, kStatistics> {
   static constexpr int kInputs = kFound ? 3 : 2, kSureInputs = 2;
   static constexpr int kOutputs = kMayWrite ? Tensors::kTensorsOut : 0, kSureOutputs = 0;
   static constexpr int kVectors = !kFound ? 4 : sizeof(T) == 8 ? 1 : 2;
+  // The same wherever dz comes from: behind a relu the same bits as of a dy that is zero where it is.
+  static constexpr int kColumnBatch = sizeof(T) == 8 ? 1 : 4, kKeptVectors = 2;
+  static constexpr int kRowVectors = kVectors > kColumnBatch ? kVectors : kColumnBatch;
   static constexpr Reuse kReuse = kStatistics == Statistics::fixed ? Reuse::no : Reuse::yes;
 
   BNEXT_DEVICE Output<T> output(int i) const {

@@ -38,7 +38,8 @@ struct MomentsReducer {
   using Storage = T;
   using Math = opmath_t<T>;
   using Center = Math;
-  static constexpr int kInputs = 1, kSureInputs = 1, kOutputs = 0, kSureOutputs = 0, kVectors = 8;
+  static constexpr int kInputs = 1, kSureInputs = 1, kOutputs = 0, kSureOutputs = 0;
+  static constexpr int kVectors = 8, kRowVectors = 8, kKeptVectors = 4, kColumnBatch = 8;
   static constexpr bool kReadsMask = false, kAroundFirst = true;
   static constexpr Reuse kReuse = Reuse::yes;
 

@@ -84,7 +84,7 @@ template <class Reducer>
 BNEXT_DEVICE void reduce_rows(const Reduction& r, Reducer& reducer) {
   using T = typename Reducer::Storage;
   using Center = typename Reducer::Center;
-  constexpr int kCount = kLanes<T>, kVectors = Reducer::kVectors, kFew = kVectors < 2 ? kVectors : 2;
+  constexpr int kCount = kLanes<T>, kVectors = Reducer::kRowVectors, kFew = kVectors < 2 ? kVectors : 2;
   const Tiling& t = r.tiling;
   const unsigned groups = static_cast<unsigned>(t.groups);
   const int64_t group = block_index() % groups, chunk = block_index() / groups;

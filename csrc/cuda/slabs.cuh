@@ -19,8 +19,7 @@ namespace bnext::cuda {
 template <class Reducer>
 struct RowsSlab {
   using T = typename Reducer::Storage;
-  static constexpr int kCount = kLanes<T>, kSums = kCount;
-  static constexpr int kVectors = min_of(Reducer::kVectors, 4);  // as registers allow
+  static constexpr int kCount = kLanes<T>, kSums = kCount, kVectors = Reducer::kKeptVectors;
 
   struct Places {
     int64_t at, stride;
