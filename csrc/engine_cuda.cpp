@@ -4,9 +4,12 @@
 #include <ATen/ops/empty.h>
 #include <c10/core/DeviceGuard.h>
 
+#include <charconv>
 #include <cstdlib>
 #include <map>
 #include <mutex>
+#include <string_view>
+#include <system_error>
 #include <utility>
 
 #include "build_config.h"  // written by setup.py
@@ -50,12 +53,11 @@ class Counters {
     if (capturing) return take(count);
     Range& range = of_stream_[stream];
     if (range.count < count) {
-      const int64_t rounded = (count + kTogether - 1) / kTogether * kTogether;
-      range = {take(rounded), rounded};
-      if (range.first < 0) of_stream_.erase(stream);
+      const int64_t rounded = (count + kTogether - 1) / kTogether * kTogether, first = take(rounded);
+      if (first < 0) return -1;
+      range = {first, rounded};
     }
-    const auto found = of_stream_.find(stream);
-    return found == of_stream_.end() ? -1 : found->second.first;
+    return range.first;
   }
 
  private:
@@ -94,7 +96,14 @@ cuda::Choice chosen_engine() {
 cuda::Device device_of(c10::Device where) {
   cuda::Device device = cuda::device(where.index());
   static const char* const spare = std::getenv("BNEXT_CUDA_SPARE");
-  if (spare != nullptr) device.spare_multiprocessors = std::atoi(spare);
+  if (spare == nullptr) return device;
+  const std::string_view text(spare);
+  int& count = device.spare_multiprocessors;
+  const auto [end, error] = std::from_chars(text.begin(), text.end(), count);
+  const bool whole = error == std::errc() && end == text.end();
+  TORCH_CHECK_VALUE(whole && count >= 0 && count < device.multiprocessors,
+                    "BNEXT_CUDA_SPARE: expected a number of multiprocessors from 0 to ",
+                    device.multiprocessors - 1, ", but got ", text);
   return device;
 }
 

@@ -77,7 +77,7 @@ struct Plan {
   Tiling reduce, map;             // resident: reduce alone, whose groups are slabs
   int64_t together = 0;           // resident: slabs under way at once
   int depth = 0;                  // resident: vectors that a thread keeps of each input
-  int64_t block_memory = 0;       // resident: bytes of a block's shared memory
+  int64_t block_memory = 0;       // resident: bytes of a block's shared memory, more than it uses to be alone
   int cluster = 1;                // resident: blocks of one, which share a slab and see each other's memory
   bool bulk_copies = false;       // resident: into shared memory, of whole runs
   int64_t waiting_blocks = 0;     // resident: that must run at once but for those of clusters, 0: none

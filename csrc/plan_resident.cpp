@@ -61,6 +61,15 @@ struct Room {
   int64_t chunks = 0;  // blocks that a slab takes at least; 0: none holds a vector of every thread
 };
 
+// Blocks on a multiprocessor at most. Two to each would be spread over all, also over those that are spared.
+int most_blocks(const Device& device) { return device.spare_multiprocessors > 0 ? 1 : kBlocks; }
+
+// Shared memory of a block that leaves no room for another.
+int64_t more_than_half(const Device& device) {
+  return std::min(device.shared_memory - kStaticMemory,
+                  round_up(device.multiprocessor_memory / 2 - kBlockReserve + 1, kVectorBytes));
+}
+
 // As many blocks on a multiprocessor as there is room for a slab to be kept at all.
 Room find_room(const Tiling& t, const Device& device, int lanes, int64_t inputs) {
   const int64_t overhead = ResidentMemory(t, lanes, inputs, 0).bytes + kVectorBytes;
@@ -68,7 +77,7 @@ Room find_room(const Tiling& t, const Device& device, int lanes, int64_t inputs)
       inputs * t.threads * kVectorBytes + int64_t{sizeof(uint64_t)};
   const int64_t multiprocessors = std::max(1, device.multiprocessors - device.spare_multiprocessors);
   Room room;
-  for (int together = kBlocks; together > 0; --together) {
+  for (int together = most_blocks(device); together > 0; --together) {
     const int64_t memory = std::min(device.shared_memory - kStaticMemory,
                                     device.multiprocessor_memory / together - kBlockReserve);
     const int64_t depth = (memory - overhead) / vector_bytes;
@@ -141,6 +150,8 @@ bool make_resident(const Problem& problem, const Device& device, bool aligned, P
   plan.bulk_copies = device.bulk_copies && aligned && has_long_runs(t, lanes);
   plan.depth = static_cast<int>(ceil_div(t.chunk, stride(t)));
   plan.block_memory = ResidentMemory(t, lanes, inputs, plan.depth).bytes;
+  if (plan.waiting_blocks > 0 && device.spare_multiprocessors > 0)
+    plan.block_memory = std::max(plan.block_memory, more_than_half(device));
   plan.engine = Engine::resident;
   plan.reduce = t;
   plan.map = {};

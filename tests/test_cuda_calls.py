@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -241,3 +244,13 @@ def test_the_inputs_device_counts(current: int) -> None:
 
 def test_the_build_says_so() -> None:
     assert bnext.build_info()["cuda"] is True
+
+
+@pytest.mark.parametrize("spare", ["-1", "8x", "", "100000"])
+def test_spare_multiprocessors_are_a_number_of_those_there_are(spare: str) -> None:
+    code = "import bnext, torch; bnext.BatchNorm1d(3, device='cuda')(torch.ones(4, 3, device='cuda'))"
+    environment = os.environ | {"BNEXT_CUDA_SPARE": spare}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    expected = "BNEXT_CUDA_SPARE: expected a number of multiprocessors from 0 to"
+    assert "ValueError" in done.stderr and expected in done.stderr, done.stderr[-2000:]
+    assert f"but got {spare}\n" in done.stderr

@@ -73,6 +73,28 @@ def test_backward(layout: str, dtypes: Dtypes, shape: tuple[int, ...], training:
         assert_same_bits(captured.outputs, eager.backward(expected), RESULTS[1:])
 
 
+@pytest.mark.parametrize(("layout", "dtypes", "shape"), STEPS, ids=STEP_IDS)
+def test_a_stream_that_forks_within_the_capture(layout: str, dtypes: Dtypes, shape: tuple[int, ...]) -> None:
+    """Kernels that begin before the one in front of them has ended leave edges of their own in a graph."""
+    step = make_step(layout, dtypes, shape)
+    beside = torch.cuda.Stream()
+
+    def forked() -> list[torch.Tensor]:
+        main = torch.cuda.current_stream()
+        beside.wait_stream(main)
+        with torch.cuda.stream(beside):
+            outputs = step()
+        main.wait_stream(beside)
+        return outputs
+
+    captured, eager = Captured(forked), step.twin()
+    step.load(1)
+    eager.load(1)
+    captured.replay()
+    assert_same_bits(captured.outputs, eager())
+    assert_same_bits(step.state(), eager.state(), STATE)
+
+
 def test_cumulative_average() -> None:
     """momentum=None reads the counter on the device, and so moves on with each replay."""
     step = make_step("nchw", FLOAT32, (8, 19, 9, 11))

@@ -33,6 +33,7 @@ GOOD = [
     "livelock",
     "failing_thread",
     "group_barrier",
+    "early_launch",
     "cooperative_limit",
     "group_deadlock",
     "async_copies",

@@ -19,7 +19,6 @@ constexpr int kSumsBlocks = kStatistics == Statistics::fixed ? 2 : kBlocks<T, kS
 template <class T, Slope kSlope, Statistics kStatistics>
 BNEXT_KERNEL(384, 1)
 grad_sums_rows_kernel(const BNEXT_PARAMETER BackwardParams p) {
-  let_next_begin();
   GradSumsReducer<T, kSlope, kStatistics> reducer{{p}};
   reduce_rows(p.reduction, reducer);
 }
@@ -27,7 +26,6 @@ grad_sums_rows_kernel(const BNEXT_PARAMETER BackwardParams p) {
 template <class T, Slope kSlope, Statistics kStatistics>
 BNEXT_KERNEL(256, (kSumsBlocks<T, kSlope, kStatistics>))
 grad_sums_planes_kernel(const BNEXT_PARAMETER BackwardParams p) {
-  let_next_begin();
   GradSumsReducer<T, kSlope, kStatistics> reducer{{p}};
   reduce_planes(p.reduction, reducer);
 }

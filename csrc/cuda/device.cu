@@ -14,7 +14,8 @@ int64_t attribute(cudaDeviceAttr which, int index) {
   return value;
 }
 
-constexpr int kClusterBlocks = 8;  // of a cluster on every device that has any
+constexpr int kClusterBlocks = 8;      // of a cluster on every device that has any
+constexpr int kEarlyInGraphs = 12030;  // driver whose graphs know of launches that begin early: CUDA 12.3
 
 // Makes a device the current one as long as it lives. To set one makes a context on it, so no more than
 // needed.
@@ -51,7 +52,10 @@ Device read_device(int index) {
   device.l2 = attribute(cudaDevAttrL2CacheSize, index);
   const bool has_90 = compiled_for_device(index) >= 900;
   if (has_90 && attribute(cudaDevAttrClusterLaunch, index) != 0) device.cluster_blocks = kClusterBlocks;
-  device.bulk_copies = device.early_launches = has_90;
+  device.bulk_copies = has_90;
+  int driver = 0;
+  require("bnext: the driver's version", cudaDriverGetVersion(&driver));
+  device.early_launches = has_90 && driver >= kEarlyInGraphs;
   // Two transfers per clock, in kHz, over a bus of so many bits.
   device.bandwidth = 2e3 * static_cast<double>(attribute(cudaDevAttrMemoryClockRate, index)) *
                      static_cast<double>(attribute(cudaDevAttrGlobalMemoryBusWidth, index)) / 8;

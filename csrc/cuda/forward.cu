@@ -13,7 +13,6 @@ constexpr char kName[] = "bnext::batch_norm";
 template <class T>
 BNEXT_KERNEL(384, 1)
 moments_rows_kernel(const BNEXT_PARAMETER ForwardParams p) {
-  let_next_begin();
   clear_mask(p.mask);
   MomentsReducer<T> reducer{p};
   reduce_rows(p.reduction, reducer);
@@ -22,7 +21,6 @@ moments_rows_kernel(const BNEXT_PARAMETER ForwardParams p) {
 template <class T>
 BNEXT_KERNEL(256, 3)
 moments_planes_kernel(const BNEXT_PARAMETER ForwardParams p) {
-  let_next_begin();
   clear_mask(p.mask);
   MomentsReducer<T> reducer{p};
   reduce_planes(p.reduction, reducer);

@@ -62,8 +62,12 @@ inline bool whole_vectors(const Tiling& t, int lanes) {
 
 inline Reduction reduction_of(const Plan& plan, int lanes, bool aligned, const Workspace& workspace) {
   Sums* const scratch = static_cast<Sums*>(workspace.scratch);  // totals, then partial sums
-  return {plan.extent, plan.reduce, aligned && whole_vectors(plan.reduce, lanes),
-          scratch == nullptr ? nullptr : scratch + plan.extent.channels, workspace.counters};
+  return {plan.extent,
+          plan.reduce,
+          aligned && whole_vectors(plan.reduce, lanes),
+          plan.early_map,
+          scratch == nullptr ? nullptr : scratch + plan.extent.channels,
+          workspace.counters};
 }
 
 // Bytes of block memory: sums of every lane of every thread, or before them a center per channel of the

@@ -99,25 +99,30 @@ BNEXT_DEVICE void store(T* p, T value) {
 // Sets bits of a word that other threads set bits of meanwhile; the order does not matter.
 BNEXT_DEVICE void set_bits(uint32_t* word, uint32_t bits) { atomicOr(word, bits); }
 
+// Counts up by one, releases and acquires. True where that makes it `last`, which leaves it zero.
+BNEXT_DEVICE bool count_to(unsigned* counter, unsigned last) {
+  unsigned before;
+  asm volatile("atom.add.acq_rel.gpu.global.u32 %0, [%1], 1;" : "=r"(before) : "l"(counter) : "memory");
+  const bool reached = before + 1 == last;
+  if (reached) *counter = 0;
+  return reached;
+}
+
 // Called by all threads of `expected` blocks: true in the block that comes last, which sees by load16_fresh
 // all that the others wrote before. The counter is zero before the first and after the last. Thread 0
-// releases and acquires for its block, between two barriers.
+// counts for its block, between two barriers.
 BNEXT_DEVICE bool last_to_arrive(unsigned* counter, unsigned expected) {
   __shared__ bool last;
   __syncthreads();
-  if (threadIdx.x == 0) {
-    unsigned before;
-    asm volatile("atom.add.acq_rel.gpu.global.u32 %0, [%1], 1;" : "=r"(before) : "l"(counter) : "memory");
-    last = before == expected - 1;
-    if (last) *counter = 0;
-  }
+  if (threadIdx.x == 0) last = count_to(counter, expected);
   __syncthreads();
   return last;
 }
 
 // A kernel that is launched to begin early (see launch()) may do so when all blocks of the one before it have
 // said the first, and sees what that kernel wrote only after the second: by every thread that reads any of
-// it, or writes what that kernel reads.
+// it, or writes what that kernel reads. So the first is for those alone that such a kernel of ours follows:
+// others on the stream may begin early too, and wait for nothing of this.
 BNEXT_DEVICE void let_next_begin() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");

@@ -28,7 +28,7 @@ BNEXT_DEVICE void arrive_and_wait(unsigned* counter, unsigned target) {
 
 // Counts up once more without waiting; the last block leaves the counter zero.
 BNEXT_DEVICE void leave_group(unsigned* counter, unsigned last) {
-  if (threadIdx.x == 0 && atomicAdd(counter, 1u) + 1 == last) *counter = 0;
+  if (threadIdx.x == 0) count_to(counter, last);
 }
 
 #if __CUDA_ARCH__ >= 900

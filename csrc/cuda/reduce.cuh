@@ -13,6 +13,7 @@ struct Reduction {
   Extent extent;
   Tiling tiling;
   bool aligned;        // every vector that is walked lies on a boundary of sixteen bytes
+  bool map_waits;      // the next kernel is this call's map, which may begin early and waits for this one
   Sums* partial;       // [chunk][channel]
   unsigned* counters;  // [group], zero
 
@@ -85,6 +86,7 @@ BNEXT_DEVICE void reduce_rows(const Reduction& r, Reducer& reducer) {
   using T = typename Reducer::Storage;
   using Center = typename Reducer::Center;
   constexpr int kCount = kLanes<T>, kVectors = Reducer::kRowVectors, kFew = kVectors < 2 ? kVectors : 2;
+  if (r.map_waits) let_next_begin();
   const Tiling& t = r.tiling;
   const unsigned groups = static_cast<unsigned>(t.groups);
   const int64_t group = block_index() % groups, chunk = block_index() / groups;
@@ -171,6 +173,7 @@ BNEXT_DEVICE void reduce_planes(const Reduction& r, Reducer& reducer) {
   constexpr int kAtOnce = min_of(Reducer::kVectors, sizeof(T) == 2 ? 4 : 8);  // as registers allow
   constexpr int kVectors = kAtOnce > kTogether ? kAtOnce : kTogether;
   constexpr int kFew = kTogether > 2 ? kTogether : 2;
+  if (r.map_waits) let_next_begin();
   const Tiling& t = r.tiling;
   const unsigned groups = static_cast<unsigned>(t.groups);
   const int64_t channel = block_index() % groups, chunk = block_index() / groups;

@@ -41,7 +41,7 @@ inline Resident resident_of(const Plan& plan, int lanes, int inputs, const void*
   }
   const bool whole = same_phase && on_boundary(written) && whole_vectors(plan.reduce, lanes) &&
                      plan.extent.numel() % lanes == 0;
-  return {{plan.extent, plan.reduce, false, static_cast<Sums*>(workspace.scratch), workspace.counters},
+  return {{plan.extent, plan.reduce, false, false, static_cast<Sums*>(workspace.scratch), workspace.counters},
           static_cast<unsigned>(plan.together),
           plan.depth,
           same_phase,

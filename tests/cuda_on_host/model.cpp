@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <stdexcept>
 #include <string>
+#include <utility>
 
 #include "scheduler.h"
 
@@ -64,6 +65,9 @@ Statistics statistics() { return process.counts; }
 
 void synchronize() {
   if (!process.ends_later) return;
+  if (std::exchange(process.awaits_early, false)) {
+    throw std::runtime_error("a launch lets the next begin, which is none that begins early and waits");
+  }
   const Unwatched unwatched;
   for (char& token : process.end_tokens) acquire(&token);
   forget_fibers();
@@ -73,6 +77,7 @@ void synchronize() {
 }
 
 void launch_early(unsigned blocks, unsigned threads, size_t shared_bytes, const std::function<void()>& body) {
+  process.awaits_early = false;
   run(blocks, threads, shared_bytes, blocks_at_once(blocks, threads), 1, body);
 }
 

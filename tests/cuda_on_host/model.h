@@ -51,7 +51,8 @@ void launch(unsigned blocks, unsigned threads, size_t shared_bytes, const std::f
 
 // It may begin while the launch before it runs, if threads of that said let_next_begin(): for ThreadSanitizer
 // its threads are ordered after those of the other only by wait_for_previous(). The host is ordered after
-// both by the next launch of another kind, or by synchronize().
+// both by the next launch of another kind, or by synchronize(): std::runtime_error where the last launch has
+// let the next begin, which on a device may be anybody's.
 void launch_early(unsigned blocks, unsigned threads, size_t shared_bytes, const std::function<void()>& body);
 void synchronize();
 

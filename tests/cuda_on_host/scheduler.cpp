@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <exception>
 #include <iterator>
 #include <numeric>
 #include <stdexcept>
@@ -140,6 +141,7 @@ Launch::~Launch() {
   }
   resident_.clear();
   process.ends_later = true;
+  process.awaits_early = lets_next_begin && std::uncaught_exceptions() == 0;
   if (!lets_next_begin) synchronize();
   launched = nullptr;
   current = nullptr;

@@ -138,6 +138,7 @@ struct Process {
   char end_tokens[2] = {};
   std::vector<std::unique_ptr<std::function<void()>>> bodies;  // that the host has not seen end
   bool ends_later = false;              // the host is not ordered after the last launch yet
+  bool awaits_early = false;            // that has let the next begin
   std::vector<Memory> memory_of_ended;  // ThreadSanitizer: no address twice until it is
 };
 extern Process process;

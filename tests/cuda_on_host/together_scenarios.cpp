@@ -42,6 +42,19 @@ void group_barrier() {
   }
 }
 
+void early_launch() {
+  launch(kGroup, kThreads, 0, let_next_begin);
+  launch_early(kGroup, kThreads, 0, wait_for_previous);
+  synchronize();
+  const auto let_anybody_begin = [] {
+    launch(kGroup, kThreads, 0, let_next_begin);
+    launch(kGroup, kThreads, 0, [] {});
+  };
+  const std::string said = message_of(let_anybody_begin);
+  require(said.find("none that begins early and waits") != std::string::npos, "an end that nobody awaits");
+  launch(kGroup, kThreads, 0, [] {});
+}
+
 void cooperative_limit() {
   Options options;
   options.device_blocks = kGroup - 1;
@@ -170,6 +183,7 @@ void race_left_cluster() { wait_unordered(1); }
 
 const Scenarios kTogether = {
     {"group_barrier", group_barrier},
+    {"early_launch", early_launch},
     {"cooperative_limit", cooperative_limit},
     {"group_deadlock", group_deadlock},
     {"clusters", clusters},
