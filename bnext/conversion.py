@@ -8,7 +8,15 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from .fused_forward import FusedForward
-from .modules import BatchNorm1d, BatchNorm2d, BatchNorm3d, FusedBatchNorm, SyncBatchNorm, require_module
+from .modules import (
+    OUR_ATTRIBUTES,
+    BatchNorm1d,
+    BatchNorm2d,
+    BatchNorm3d,
+    FusedBatchNorm,
+    SyncBatchNorm,
+    require_module,
+)
 from .torch_activations import to_module
 from .tracing import has_hooks
 
@@ -21,15 +29,6 @@ OURS: dict[type[nn.Module], type[nn.Module]] = {
 }
 _SYNCHRONIZED: dict[type[nn.Module], type[nn.Module]] = {nn.SyncBatchNorm: SyncBatchNorm}
 _TORCHS = {ours: theirs for theirs, ours in (OURS | _SYNCHRONIZED).items()}
-OUR_ATTRIBUTES = {  # that torch's layers lack
-    "unbiased_running_var": True,
-    "activation": None,
-    "activation_param": None,
-    "inplace": False,
-    "skip_nonfinite": False,
-    "frozen": False,
-}
-
 Network = TypeVar("Network", bound=nn.Module)
 
 
@@ -149,8 +148,9 @@ def restore(module: nn.Module) -> nn.Module:
     Raises:
         TypeError: it is no module.
         ValueError: a layer with ``unbiased_running_var=False``, which torch cannot do; one of a subclass of ours, or
-            parametrized; one with an activation and hooks, for there is no call left that both belong to; a module that
-            came from :func:`bnext.fuse`. Nothing has changed then.
+            parametrized; one with an activation and hooks, for there is no call left that both belong to, or that an
+            attribute holds which is no child, where nobody could put what stands for it; a module that came from
+            :func:`bnext.fuse`. Nothing has changed then.
     """
     require_module(module)
     if any(isinstance(part, FusedForward) for part in module.modules()):
@@ -168,6 +168,11 @@ def restore(module: nn.Module) -> nn.Module:
             )
         if layer.activation is not None and has_hooks(layer):
             raise ValueError(f"expected no hooks on a layer with an activation, but '{name}' has some")
+        if layer.activation is not None and _is_held_otherwise(layer, module):
+            raise ValueError(
+                "expected a layer with an activation to be called by the name that it is registered with, but "
+                f"'{name}' is held in another way too"
+            )
     stand_ins: dict[nn.Module, nn.Module] = {}
     for layer in layers.values():
         activation, parameter = layer.activation, layer.activation_param
@@ -182,3 +187,17 @@ def restore(module: nn.Module) -> nn.Module:
             if child in stand_ins:
                 setattr(parent, name, stand_ins[child])
     return stand_ins.get(module, module)
+
+
+def _is_held_otherwise(layer: nn.Module, module: nn.Module) -> bool:
+    """Whether an attribute of a part of the module, or a list or the like in one, is or holds the layer."""
+    for part in module.modules():
+        for name, value in vars(part).items():
+            if name == "_modules":
+                continue
+            values = value.values() if isinstance(value, dict) else value
+            if value is layer or (
+                isinstance(value, dict | list | tuple | set) and any(one is layer for one in values)
+            ):
+                return True
+    return False

@@ -7,10 +7,11 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_flatten, tree_map_only
 
-from .conversion import OUR_ATTRIBUTES
+from . import randomness
+from .modules import OUR_ATTRIBUTES
 
 __all__ = ["Behaviour"]
 
@@ -78,12 +79,12 @@ class Behaviour:
         if self.in_double:
             work.double()
         found: dict[str, Any] = {}
-        with torch.random.fork_rng(), torch.enable_grad():
-            found |= {f"as it is, {name}": value for name, value in self._step(work)}
+        with randomness.left_alone(), torch.enable_grad():
+            found |= {f"as it is, {name}": value for name, value in self._step(work, 0)}
             for training in (True, False):
                 work.train(training)
                 mode = "in training" if training else "in eval"
-                found |= {f"{mode}, {name}": value for name, value in self._step(work)}
+                found |= {f"{mode}, {name}": value for name, value in self._step(work, 1 + training)}
         return found
 
     def _input(self, x: Tensor) -> Tensor:
@@ -92,9 +93,9 @@ class Behaviour:
             return x
         return (x.double() if self.in_double else x).requires_grad_()
 
-    def _step(self, work: nn.Module) -> Iterator[tuple[str, Any]]:
+    def _step(self, work: nn.Module, seed: int) -> Iterator[tuple[str, Any]]:
         """Of forward and backward, by name."""
-        torch.manual_seed(0)
+        randomness.seed(seed)
         work.zero_grad()
         leaves: list[Tensor] = []
 
@@ -122,8 +123,15 @@ class Behaviour:
             yield f"buffer of {name}", buffer.clone()
         for name, part in work.named_modules():
             for key, value in vars(part).items():
-                if isinstance(value, _PLAIN) and key not in OUR_ATTRIBUTES:
+                if isinstance(value, _PLAIN) and key not in (*OUR_ATTRIBUTES, *_text(part)):
                     yield f"attribute of {name}.{key}", value
+                elif isinstance(value, Tensor):
+                    yield f"attribute of {name}.{key}", value.detach().clone()
+
+
+def _text(part: nn.Module) -> tuple[str, ...]:
+    """Attributes that are the text of forward itself."""
+    return ("_code",) if isinstance(part, fx.GraphModule) else ()
 
 
 def _inexact(x: Tensor) -> bool:

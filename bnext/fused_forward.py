@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any, ClassVar
 
 from torch import fx, nn
@@ -20,6 +21,10 @@ class FusedForward:
     _own_class: ClassVar[type[nn.Module]]
     _text: ClassVar[str]
 
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        """Of other modules, as a slice of a Sequential is: one of the class that it was."""
+        return cls._own_class(*args, **kwargs)
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         """As the class that it was, and forward as text."""
         reduced: Any = super().__reduce_ex__(2)
@@ -28,6 +33,9 @@ class FusedForward:
 
 def set_forward(module: nn.Module, graph: fx.Graph) -> None:
     """Gives a module the forward of a graph whose names are those of its submodules and parameters."""
+    if isinstance(module, fx.GraphModule):  # its class is its own already, and made of its graph
+        module.graph = copy.deepcopy(graph)
+        return
     for node in graph.nodes:
         node.type = None  # annotations may be names that only their file knows
     code = graph.python_code("self")
@@ -50,4 +58,4 @@ def _fused_class(own: type[nn.Module], text: str) -> type[nn.Module]:
 
 def _blank(own: type[nn.Module], text: str) -> nn.Module:
     made = _fused_class(own, text)
-    return made.__new__(made)
+    return object.__new__(made)

@@ -18,14 +18,17 @@ from .tracing import has_hooks
 
 __all__ = ["fuse_graph"]
 
-_ADDITIONS: set[Any] = {operator.add, operator.iadd, torch.add, "add", "add_"}
+_ADDITIONS: dict[str, tuple[Any, ...]] = {
+    "call_function": (operator.add, operator.iadd, torch.add),
+    "call_method": ("add", "add_"),
+}
 
 
 def fuse_graph(graph: fx.Graph, module: nn.Module) -> bool:
-    """Draws into the batch norms of a module, ours already, what its graph says of them; whether there was something.
+    """Draws into the calls of a module's batch norms, ours already, what follows them; whether there was something.
 
-    Nodes carry the sizes that :class:`torch.fx.passes.shape_prop.ShapeProp` notes. Changes both: the graph is that of
-    the module with the activations that its layers have afterwards.
+    Nodes carry the sizes that :class:`torch.fx.passes.shape_prop.ShapeProp` notes. The layers stay what they are: who
+    calls them otherwise has them as ever.
     """
     for node in graph.nodes:
         if _is_nothing(module, node):
@@ -61,14 +64,16 @@ def _draw_in(module: nn.Module, node: fx.Node, layer: FusedBatchNorm, order: dic
     if residual is not None:
         node.args = (*node.args, residual)
     if found is not None:
-        layer.activation, layer.activation_param = found
+        node.kwargs = {"activation": tuple(found)}
     return True
 
 
 def _residual(module: nn.Module, node: fx.Node, order: dict[fx.Node, int]) -> fx.Node | None:
     """What the only reader of a batch norm adds to it: a tensor of the same size and dtype that is there already."""
     reader = _only_reader(node)
-    if reader is None or reader.target not in _ADDITIONS or reader.kwargs or len(reader.args) != 2:
+    if reader is None or reader.target not in _ADDITIONS.get(reader.op, ()):
+        return None
+    if reader.kwargs or len(reader.args) != 2:
         return None
     left, right = reader.args
     other = right if left is node else left

@@ -13,10 +13,12 @@ from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
 from torch.utils._pytree import tree_map_only
 
+from . import randomness
 from .conversion import OURS, convert_classes
 from .equality import Behaviour
 from .fused_forward import FusedForward, set_forward
 from .fused_graph import fuse_graph
+from .holding import are_held
 from .modules import require_module
 from .tracing import has_norm, trace
 
@@ -35,11 +37,14 @@ def fuse(module: Network, *example_inputs: Any) -> Network:
     another size or dtype; one across a write to memory.
 
     The result is a copy that shares parameters and buffers: training one trains both, until ``.to`` gives one of them
-    other buffers. `module` stays as it is. Classes, attributes, methods, hooks and names are the same in the copy. What
-    torch.fx can trace has the forward of the traced graph, and what Python decided while it was traced is decided for
-    good: attributes that forward asks for, and the number of dimensions. Where a module cannot be traced, does
-    something else in training than in eval, or does anything that a graph does not keep, its own forward stays and the
-    modules in it are fused one by one.
+    other buffers. `module` stays as it is. Classes, attributes, methods, hooks and names are the same in the copy, and
+    so is what its modules compute where somebody calls them by themselves. What torch.fx can trace has the forward of
+    the traced graph, and what Python decided while it was traced is decided for good: attributes that forward asks for,
+    and the number of dimensions. It calls layers, not the modules between it and them, nor activations that are drawn
+    in: hooks put on those afterwards do not run, and what is put in their place or appended is not called. Where a
+    module cannot be traced, does something else in training than in eval, draws random numbers, leaves something in an
+    attribute, or does anything else that a graph does not keep, its own forward stays and the modules in it are fused
+    one by one.
 
     Every graph is tried before it is taken: copies of the module and of the fused one compute a training and an eval
     step of the example, in float64 where forward works in it, and have to agree in outputs, gradients and buffers.
@@ -56,9 +61,14 @@ def fuse(module: Network, *example_inputs: Any) -> Network:
     Raises:
         TypeError: it is no module.
         ValueError: forward does not work with the example, or not with fused modules in it; the example is all zeros or
-            the like; something is hooked into all modules, or a module was given another forward.
+            the like; something is hooked into all modules, or a module was given another forward; within
+            :func:`bnext.hold_statistics`, which torch's layers do not know.
     """
     require_module(module)
+    if are_held():
+        raise ValueError(
+            "expected no bnext.hold_statistics around, under which torch's layers and ours differ"
+        )
     if any(vars(nn.modules.module)[kind] for kind in _GLOBAL_HOOKS):
         raise ValueError("expected no global module hooks, which see the calls that are fused")
     for name, part in module.named_modules():
@@ -140,19 +150,17 @@ def _fuse_whole(module: nn.Module, behaviour: Behaviour) -> bool:
         with torch.no_grad():
             ShapeProp(sized).propagate(*map(torch.clone, inputs))
         trial = convert_classes(_sharing(module), OURS)
-        if fuse_graph(graph, trial):
+        found = fuse_graph(graph, trial)
+        if found:
             set_forward(trial, graph)
         if behaviour.difference(trial) is not None:
             return False
     except Exception:  # whatever a graph raises that is not what forward does
         return False
-    for layer, tried in zip(convert_classes(module, OURS).modules(), trial.modules(), strict=True):
-        layer.__class__ = tried.__class__
-        layer.__dict__.update({key: tried.__dict__[key] for key in _DRAWN if key in tried.__dict__})
+    convert_classes(module, OURS)
+    if found:
+        set_forward(module, graph)
     return True
-
-
-_DRAWN = ("activation", "activation_param")
 
 
 def _inputs(module: nn.Module, example_inputs: tuple[Any, ...]) -> _Inputs:
@@ -167,7 +175,7 @@ def _inputs(module: nn.Module, example_inputs: tuple[Any, ...]) -> _Inputs:
 
         if has_norm(part):
             part.register_forward_pre_hook(note, with_kwargs=True)
-    with torch.no_grad(), torch.random.fork_rng():
+    with torch.no_grad(), randomness.left_alone():
         work(*tree_map_only(Tensor, torch.clone, example_inputs))
     return found
 

@@ -29,8 +29,19 @@ def require_module(module: object) -> None:
         raise TypeError(f"expected a torch.nn.Module, but got {type(module).__name__}")
 
 
+_Activation = tuple[str, float | None]  # its name and parameter
 # weight, bias, running_mean, running_var, num_batches_tracked
 _State = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+
+
+OUR_ATTRIBUTES: dict[str, Any] = {  # that torch's layers lack, as they are unless somebody says otherwise
+    "unbiased_running_var": True,
+    "activation": None,
+    "activation_param": None,
+    "inplace": False,
+    "skip_nonfinite": False,
+    "frozen": False,
+}
 
 
 class FusedBatchNorm(nn.modules.batchnorm._BatchNorm):
@@ -77,15 +88,7 @@ class FusedBatchNorm(nn.modules.batchnorm._BatchNorm):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # A pickle of torch's class, or of ours from before there was one of these.
-        defaults = {
-            "unbiased_running_var": True,
-            "activation": None,
-            "activation_param": None,
-            "inplace": False,
-            "skip_nonfinite": False,
-            "frozen": False,
-        }
-        super().__setstate__(defaults | state)
+        super().__setstate__(OUR_ATTRIBUTES | state)
 
     def extra_repr(self) -> str:
         """Torch's line, and what is ours where it is set."""
@@ -104,12 +107,16 @@ class FusedBatchNorm(nn.modules.batchnorm._BatchNorm):
             line += ", frozen=True"
         return line
 
-    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+    def forward(
+        self, input: Tensor, residual: Tensor | None = None, *, activation: _Activation | None = None
+    ) -> Tensor:
         """Normalises input (N, C, ...), and adds residual of the same size, dtype and device before the activation.
 
+        That of this call, with its parameter, stands in the place of the layer's: what :func:`bnext.fuse` draws in.
         Returns (N, C, ...) of the input's dtype, with ``inplace`` the input itself. See
         :func:`bnext.functional.batch_norm`, also for the errors.
         """
+        name, parameter = activation or (self.activation, self.activation_param)
         training = self.training
         tracking = training and self.track_running_stats
         weight, bias, running_mean, running_var, counter = self._tensors()
@@ -124,8 +131,8 @@ class FusedBatchNorm(nn.modules.batchnorm._BatchNorm):
             self.eps,
             unbiased_running_var=self.unbiased_running_var,
             num_batches_tracked=counter if tracking else None,
-            activation=self.activation,
-            activation_param=self.activation_param,
+            activation=name,
+            activation_param=parameter,
             residual=residual,
             inplace=self.inplace,
             skip_nonfinite=self.skip_nonfinite,
@@ -214,12 +221,15 @@ class SyncBatchNorm(FusedBatchNorm):
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, **keywords)
         self.process_group = process_group
 
-    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+    def forward(
+        self, input: Tensor, residual: Tensor | None = None, *, activation: _Activation | None = None
+    ) -> Tensor:
         """As :meth:`bnext.BatchNorm1d.forward`, with statistics of all processes; see
         :func:`bnext.sync.batch_norm`, also for the errors."""
         group = self._group()
         if group is None:
-            return super().forward(input, residual)
+            return super().forward(input, residual, activation=activation)
+        name, parameter = activation or (self.activation, self.activation_param)
         weight, bias, running_mean, running_var, counter = self._tensors()
         tracking = self.track_running_stats and not are_held()
         tracked = (running_mean, running_var, counter) if tracking else (None, None, None)
@@ -230,8 +240,8 @@ class SyncBatchNorm(FusedBatchNorm):
             bias,
             self.eps,
             group,
-            activation=self.activation,
-            activation_param=self.activation_param,
+            activation=name,
+            activation_param=parameter,
             residual=residual,
         )
 

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from . import randomness
+
 __all__ = ["has_hooks", "has_norm", "trace"]
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -30,8 +32,9 @@ def trace(module: nn.Module, inputs: int) -> fx.Graph | None:
     """The graph of forward called with so many tensors, by position.
 
     None where torch.fx cannot trace it, where it is another one in training than in eval, and where a graph could not
-    say what forward does: it takes more than these tensors, makes tensors of its own, or computes some of them under
-    another grad or autocast mode. Modules without a batch norm are looked into at first, and not the second time.
+    say what forward does: it takes more than these tensors, makes tensors of its own, draws random numbers while it is
+    traced, leaves something in an attribute, or computes under another grad or autocast mode or other hooks of saved
+    tensors. Modules without a batch norm are looked into at first, and not the second time.
     """
     if not _takes(module, inputs):
         return None
@@ -40,7 +43,7 @@ def trace(module: nn.Module, inputs: int) -> fx.Graph | None:
     for tracer in (_Tracer, _ShallowTracer):
         try:
             training, evaluating = (
-                tracer().trace(copy.deepcopy(module).train(training)) for training in (True, False)
+                _traced(tracer(), copy.deepcopy(module).train(training)) for training in (True, False)
             )
         except Exception:  # whatever a forward raises when it meets a proxy
             continue
@@ -48,6 +51,31 @@ def trace(module: nn.Module, inputs: int) -> fx.Graph | None:
         if str(training) == str(evaluating) and not constants:
             return training
     return None
+
+
+def _traced(tracer: fx.Tracer, module: nn.Module) -> fx.Graph:
+    held, drawn = _held(module), randomness.state()
+    with randomness.left_alone():
+        graph = tracer.trace(module)
+        if randomness.state() != drawn:
+            raise ValueError("random numbers, which a graph would have drawn once for all")
+    after = _held(module)
+    if len(after) != len(held) or any(one is not other for one, other in zip(held, after, strict=True)):
+        raise ValueError("an attribute that forward sets, which a graph does not")
+    return graph
+
+
+def _held(module: nn.Module) -> list[object]:
+    """What the modules in it have in their attributes, and in the containers there."""
+    found: list[object] = []
+    for part in module.modules():
+        for name, value in vars(part).items():
+            found += [name, value]
+            if isinstance(value, dict):
+                found += [*value.keys(), *value.values()]
+            elif isinstance(value, list | tuple | set):
+                found += value
+    return found
 
 
 def _takes(module: nn.Module, inputs: int) -> bool:
@@ -68,12 +96,13 @@ for _name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "
     setattr(_Proxy, f"__{_name}__", _recorded(getattr(operator, _name)))
 
 
-def _modes() -> tuple[bool, ...]:
+def _modes() -> tuple[object, ...]:
     return (
         torch.is_grad_enabled(),
         torch.is_inference_mode_enabled(),
-        torch.is_autocast_enabled("cpu"),
-        torch.is_autocast_enabled("cuda"),
+        *(torch.is_autocast_enabled(device) for device in ("cpu", "cuda")),
+        *(torch.get_autocast_dtype(device) for device in ("cpu", "cuda")),
+        torch._C._autograd._top_saved_tensors_default_hooks(True),
     )
 
 

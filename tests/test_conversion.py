@@ -186,6 +186,21 @@ def test_what_would_lose_something_is_not_restored() -> None:
         assert kinds(network) == before and layer.activation == "relu"
 
 
+@pytest.mark.parametrize(
+    "hold",
+    [lambda layer: layer, lambda layer: [layer], lambda layer: {"first": layer}],
+    ids=["", "list", "dict"],
+)
+def test_a_layer_that_is_held_in_another_way_is_not_restored(hold: Callable[[nn.Module], object]) -> None:
+    network = nn.Sequential(bnext.BatchNorm2d(3, activation="silu"), nn.BatchNorm2d(3))
+    network.__dict__["way"] = hold(network[0])
+    with pytest.raises(ValueError, match="but '0' is held in another way too"):
+        bnext.restore(network)
+    assert type(network[0]) is bnext.BatchNorm2d and network[0].activation == "silu"
+    network[0].activation = None
+    assert type(bnext.restore(network)[0]) is nn.BatchNorm2d
+
+
 def test_a_fused_network_is_not_restored() -> None:
     network = make(NETWORKS["torchvision"])
     fused = bnext.fuse(network, images())

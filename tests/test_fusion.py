@@ -38,9 +38,8 @@ def counts(network: nn.Module) -> dict[str, int]:
         if node.op == "call_module":
             layer = network.get_submodule(node.target)
             if isinstance(layer, FusedBatchNorm):
-                found[
-                    "norm" + "+add" * (len(node.args) == 2) + f"+{layer.activation}" * bool(layer.activation)
-                ] += 1
+                name, *_ = node.kwargs.get("activation", (layer.activation,))
+                found["norm" + "+add" * (len(node.args) == 2) + f"+{name}" * bool(name)] += 1
             elif isinstance(layer, nn.ReLU | nn.LeakyReLU | nn.SiLU | nn.Hardswish):
                 found["activation"] += 1
         elif "add" in str(node.target):
