@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from contextlib import AbstractContextManager, ContextDecorator, nullcontext
+from typing import Any, TypeVar
 
 __all__ = ["are_held", "checkpoint_contexts", "hold_statistics"]
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+_RUN_LATER = (inspect.isgeneratorfunction, inspect.iscoroutinefunction, inspect.isasyncgenfunction)
 
 _depth = 0  # of the process: data parallelism and backward run layers in threads of their own
 
@@ -23,8 +29,18 @@ class hold_statistics(ContextDecorator):
         with bnext.hold_statistics():
             loss(model(perturbed)).backward()
 
-    It may be entered again, within itself too, and decorates functions.
+    It may be entered again, within itself too, and decorates functions, but none that run later: generators and
+    coroutines are refused with TypeError.
     """
+
+    def __call__(self, function: _Function) -> _Function:
+        """The function, within it. TypeError: it would run later."""
+        if any(runs_later(function) for runs_later in _RUN_LATER):
+            raise TypeError(
+                "expected a function whose call runs it, but got a generator or coroutine function: "
+                "put `with bnext.hold_statistics():` into it"
+            )
+        return super().__call__(function)
 
     def __enter__(self) -> None:
         global _depth

@@ -1,8 +1,9 @@
 """Batch normalization with a residual and an activation in NumPy and float64: what `reference` is to the bare layer.
 
 An activation is a function f of one number z, here with its derivative, written as in textbooks but for sums that
-would cancel. Where a derivative jumps, it has at the very place the value that torch's has. NaN gives NaN; at an
-infinity f is what its formula gives, so that silu, gelu and hardswish of minus infinity, 0 * inf, are NaN as in torch.
+would cancel. Where a derivative jumps, it has at the very place the value that torch's has. f of NaN is NaN, its
+derivative there is nobody's; at an infinity f is what its formula gives, so that silu, gelu and hardswish of minus
+infinity, 0 * inf, are NaN as in torch.
 """
 
 from __future__ import annotations

@@ -38,6 +38,9 @@ struct ForwardCall {
       if (!(exact_statistics && running)) dtypes.require(name, vector);
     }
     require_counter(num_batches_tracked, x);
+    for (const OptionalTensor* state : {&running_mean, &running_var, &num_batches_tracked}) {
+      if (training && present(*state)) require_writable(**state);
+    }
     require_like_input("residual", residual, x);
   }
 

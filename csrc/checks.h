@@ -143,6 +143,12 @@ inline void require_counter(const std::optional<at::Tensor>& counter, const at::
   require_same_device("num_batches_tracked", *counter, x);
 }
 
+// In torch's words, of what a call writes to.
+inline void require_writable(const at::Tensor& t) {
+  TORCH_CHECK(!t.is_inference() || c10::InferenceMode::is_enabled(),
+              "Inplace update to inference tensor outside InferenceMode is not allowed.");
+}
+
 inline void require_not_differentiable(const char* name, const std::optional<at::Tensor>& t) {
   TORCH_CHECK(!present(t) || !t->requires_grad(), name,
               " is not differentiable: it cannot have requires_grad=True");

@@ -72,8 +72,7 @@ at::Tensor inplace_dense(const ForwardCall& call) {
   require_invertible(call.activation);
   require_engine(x);
   if (call.for_backward) require_recoverable(call.weight);
-  TORCH_CHECK(!x.is_inference() || c10::InferenceMode::is_enabled(),
-              "Inplace update to inference tensor outside InferenceMode is not allowed.");
+  require_writable(x);
   at::assert_no_internal_overlap(x);
   const Input input(x);
   at::Tensor stats = run_forward(call, input, input.dense, empty_vector({0}, at::kByte, x));

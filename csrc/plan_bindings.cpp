@@ -22,6 +22,8 @@ namespace {
 
 namespace py = pybind11;
 
+constexpr int64_t kMostElements = (int64_t{1} << 48) - 1;  // more than machines address: bytes stay 64-bit
+
 Dtype dtype_named(const std::string& name) {
   if (name == "float32") return Dtype::float32;
   if (name == "float64") return Dtype::float64;
@@ -34,10 +36,17 @@ Dtype dtype_named(const std::string& name) {
 Problem problem_of(const std::vector<int64_t>& shape, const std::string& dtype, const std::string& layout,
                    bool training, bool backward, bool residual, const ActivationName& activation) {
   if (shape.size() < 2) throw py::value_error("expected a shape of at least 2 dimensions");
+  int64_t numel = 1;
+  bool too_many = false;
   for (const int64_t size : shape) {
     if (size < 0) throw py::value_error("expected sizes of 0 and more in shape");
+    too_many |= __builtin_mul_overflow(numel, size, &numel);
   }
   if (shape[1] == 0) throw py::value_error("expected at least one channel in shape");
+  if (too_many || numel > kMostElements) {
+    throw py::value_error(
+        c10::str("expected fewer than 2^48 elements, but got shape ", at::IntArrayRef(shape)));
+  }
   if (layout != "contiguous" && layout != "channels_last") {
     throw py::value_error("expected layout contiguous or channels_last, but got " + layout);
   }

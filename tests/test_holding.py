@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import AsyncIterator, Iterator
 
 import pytest
 import torch
@@ -89,6 +90,20 @@ def test_hold_decorates() -> None:
     assert same(state(layer), before)
 
 
+def test_hold_decorates_nothing_that_runs_later() -> None:
+    def numbers() -> Iterator[int]:
+        yield 1
+
+    async def wait() -> None: ...
+
+    async def wait_for_numbers() -> AsyncIterator[int]:
+        yield 1
+
+    for function in (numbers, wait, wait_for_numbers):
+        with pytest.raises(TypeError, match="expected a function whose call runs it"):
+            bnext.hold_statistics()(function)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_checkpoint(kind: type[nn.Module], device: str) -> None:
     """Statistics, outputs and gradients of a checkpointed step are those of a plain one; without, they move twice."""
@@ -103,3 +118,10 @@ def test_checkpoint(kind: type[nn.Module], device: str) -> None:
         results.append([y, *grads, *state(block)])
     assert same(results[0], results[1])
     assert not same(results[0], results[2])
+
+
+def test_hold_and_fuse() -> None:
+    """Where torch's layers train on and ours do not, nobody can say whether they do the same."""
+    network = nn.Sequential(nn.BatchNorm2d(3), nn.ReLU())
+    with bnext.hold_statistics(), pytest.raises(ValueError, match=r"expected no .* around"):
+        bnext.fuse(network, torch.randn(2, 3, 4, 4))

@@ -71,3 +71,11 @@ def test_what_stays_in_cache_is_read_once(options: dict[str, bool]) -> None:
 def test_an_activation_is_checked() -> None:
     with pytest.raises(ValueError, match=r"expected activation one of relu, .* or None, but got swish"):
         bnext.plan((3, 4), activation="swish")
+
+
+@pytest.mark.parametrize("shape", [(2**40, 2**30), (2**31, 2**30), (2**30, 2**30), (2**24, 2**24)], ids=str)
+def test_no_more_elements_than_machines_have(shape: tuple[int, ...]) -> None:
+    for device in (None, WITHOUT_L2):
+        with pytest.raises(ValueError, match=r"expected fewer than 2\^48 elements, but got shape \["):
+            bnext.plan(shape, device=device)
+    assert bnext.plan((2**24, 2**24 - 1)).bytes_moved > 2**49

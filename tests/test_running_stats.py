@@ -199,6 +199,29 @@ def test_moved_in_every_grad_mode(grad_mode: type, device: str) -> None:
     assert not layer.running_mean.requires_grad
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_those_of_inference_mode_do_not_move_outside(training: bool, device: str) -> None:
+    """As torch has it."""
+    results = []
+    for kind in (bnext.BatchNorm2d, nn.BatchNorm2d):
+        with torch.inference_mode():
+            layer = kind(3, device=device)
+        layer.train(training)
+        before, (x,) = state(layer), batches(1, device)
+        with torch.no_grad():
+            if training:
+                with pytest.raises(
+                    RuntimeError, match="Inplace update to inference tensor outside InferenceMode"
+                ):
+                    layer(x)
+            else:
+                results.append(layer(x))
+        if kind is not nn.BatchNorm2d:  # torch's has counted the batch by then
+            assert_same_state(layer, before)
+    if not training:
+        torch.testing.assert_close(*results)
+
+
 def test_update_bn_recomputes_them(device: str) -> None:
     """torch.optim.swa_utils.update_bn finds our layers, sets momentum=None, and puts it back."""
     model = nn.Sequential(nn.Conv2d(3, 4, 1), bnext.BatchNorm2d(4)).to(device, torch.float64)
