@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch import distributed as dist
 
 from .functional import batch_norm, check_activation
@@ -116,7 +116,7 @@ class FusedBatchNorm(nn.modules.batchnorm._BatchNorm):
         Returns (N, C, ...) of the input's dtype, with ``inplace`` the input itself. See
         :func:`bnext.functional.batch_norm`, also for the errors.
         """
-        name, parameter = activation or (self.activation, self.activation_param)
+        name, parameter = self._activation_of(activation)
         training = self.training
         tracking = training and self.track_running_stats
         weight, bias, running_mean, running_var, counter = self._tensors()
@@ -138,6 +138,13 @@ class FusedBatchNorm(nn.modules.batchnorm._BatchNorm):
             skip_nonfinite=self.skip_nonfinite,
             _ndims=self._ndims,
         )
+
+    def _activation_of(self, call: _Activation | None) -> tuple[str | None, float | None]:
+        if call is None or isinstance(call, fx.Proxy):  # where the layer itself is traced
+            return self.activation, self.activation_param
+        if not isinstance(call, tuple) or len(call) != 2:
+            raise TypeError(f"expected the activation of a call as (name, parameter), but got {call!r}")
+        return call
 
     def _tensors(self) -> _State:
         """Parameters and buffers. Five walks to nn.Module.__getattr__ take longer than to normalise a small batch."""
@@ -229,7 +236,7 @@ class SyncBatchNorm(FusedBatchNorm):
         group = self._group()
         if group is None:
             return super().forward(input, residual, activation=activation)
-        name, parameter = activation or (self.activation, self.activation_param)
+        name, parameter = self._activation_of(activation)
         weight, bias, running_mean, running_var, counter = self._tensors()
         tracking = self.track_running_stats and not are_held()
         tracked = (running_mean, running_var, counter) if tracking else (None, None, None)

@@ -156,6 +156,21 @@ def test_state_dicts_both_ways(pair: Pair) -> None:
     assert torch.equal(fresh(input_of(pair)), ours(input_of(pair)))
 
 
+@every_kind
+def test_the_activation_of_a_call(active: Active) -> None:
+    """In the place of the layer's."""
+    bare, x = layer_of(PAIRS["2d"], Active("tanh")), input_of(PAIRS["2d"])
+    of_call = (active.activation, active.activation_param)
+    assert torch.equal(bare(x, activation=of_call), layer_of(PAIRS["2d"], active)(x))
+    before = copy.deepcopy(bare.state_dict())
+    for wrong in ("relu", ("relu",), ["relu", None]):
+        with pytest.raises(
+            TypeError, match=r"expected the activation of a call as \(name, parameter\), but got"
+        ):
+            bare(x, activation=wrong)
+    assert all(torch.equal(before[name], tensor) for name, tensor in bare.state_dict().items())
+
+
 def test_the_attribute_may_be_set() -> None:
     layer = bnext.BatchNorm2d(5)
     layer.activation = "relu"
