@@ -78,31 +78,29 @@ TORCH_LIBRARY(bnext, m) {
       {at::Tag::pt2_compliant_tag});
 }
 
-TORCH_LIBRARY_IMPL(bnext, CPU, m) {
-  m.impl("moments", bnext::moments_dense);
-  m.impl("normalize", bnext::normalize_dense);
-  m.impl("grad_sums", bnext::grad_sums_dense);
-  m.impl("input_grad", bnext::input_grad_dense);
+namespace {
+
+// The same for every device that has an engine.
+void implement_dense(torch::Library& m) {
+  m.impl("moments", bnext::moments<bnext::moments_dense>);
+  m.impl("normalize", bnext::normalize<bnext::forward_dense>);
+  m.impl("grad_sums", bnext::grad_sums<bnext::grad_sums_dense>);
+  m.impl("input_grad", bnext::input_grad<bnext::input_grad_dense>);
   m.impl("batch_norm", bnext::batch_norm<bnext::forward_dense>);
   m.impl("batch_norm_", bnext::batch_norm_inplace<bnext::inplace_dense>);
   m.impl("batch_norm_backward", bnext::batch_norm_backward<bnext::backward_dense>);
 }
 
-TORCH_LIBRARY_IMPL(bnext, CUDA, m) {
-  m.impl("moments", bnext::moments_dense);
-  m.impl("normalize", bnext::normalize_dense);
-  m.impl("grad_sums", bnext::grad_sums_dense);
-  m.impl("input_grad", bnext::input_grad_dense);
-  m.impl("batch_norm", bnext::batch_norm<bnext::forward_dense>);
-  m.impl("batch_norm_", bnext::batch_norm_inplace<bnext::inplace_dense>);
-  m.impl("batch_norm_backward", bnext::batch_norm_backward<bnext::backward_dense>);
-}
+}  // namespace
+
+TORCH_LIBRARY_IMPL(bnext, CPU, m) { implement_dense(m); }
+TORCH_LIBRARY_IMPL(bnext, CUDA, m) { implement_dense(m); }
 
 TORCH_LIBRARY_IMPL(bnext, Meta, m) {
-  m.impl("moments", bnext::moments_meta);
-  m.impl("normalize", bnext::normalize_meta);
-  m.impl("grad_sums", bnext::grad_sums_meta);
-  m.impl("input_grad", bnext::input_grad_meta);
+  m.impl("moments", bnext::moments<bnext::moments_meta>);
+  m.impl("normalize", bnext::normalize<bnext::forward_meta>);
+  m.impl("grad_sums", bnext::grad_sums<bnext::grad_sums_meta>);
+  m.impl("input_grad", bnext::input_grad<bnext::input_grad_meta>);
   m.impl("batch_norm", bnext::batch_norm<bnext::forward_meta>);
   m.impl("batch_norm_", bnext::batch_norm_inplace<bnext::inplace_meta>);
   m.impl("batch_norm_backward", bnext::batch_norm_backward<bnext::backward_meta>);

@@ -11,8 +11,6 @@
 namespace bnext {
 namespace {
 
-const OptionalTensor kNone;
-
 // x as a call without output sees it.
 ForwardArgs input_args(const Input& input) {
   ForwardArgs args;
@@ -21,83 +19,6 @@ ForwardArgs input_args(const Input& input) {
   args.x = input.dense.const_data_ptr();
   args.batch_statistics = true;
   return args;
-}
-
-// f(call) of an inference with these moments for running statistics.
-template <class F>
-ForwardResult with_moments(const at::Tensor& x, const OptionalTensor& residual, const OptionalTensor& weight,
-                           const OptionalTensor& bias, const at::Tensor& moments, double eps,
-                           ActivationName activation, std::optional<double> activation_param,
-                           bool for_backward, F f) {
-  require_input(x, {});
-  require_moments(moments, x);
-  const OptionalTensor mean = moments.select(0, 0), var = moments.select(0, 1);
-  return f(ForwardCall{x,
-                       residual,
-                       weight,
-                       bias,
-                       mean,
-                       var,
-                       kNone,
-                       /*training=*/false,
-                       0.0,
-                       eps,
-                       true,
-                       {},
-                       require_activation(activation, activation_param),
-                       for_backward,
-                       /*skip_nonfinite=*/false,
-                       /*exact_statistics=*/true});
-}
-
-// What a training call with these arguments has to have, but for others' values.
-void require_training(const at::Tensor& x, const OptionalTensor& residual, const OptionalTensor& weight,
-                      const OptionalTensor& bias, const OptionalTensor& running_mean,
-                      const OptionalTensor& running_var, const OptionalTensor& num_batches_tracked,
-                      double eps, ActivationName activation, std::optional<double> activation_param) {
-  TORCH_CHECK(x.defined(), "expected input to be a tensor, but got None");
-  ForwardCall call{x,
-                   residual,
-                   weight,
-                   bias,
-                   running_mean,
-                   running_var,
-                   num_batches_tracked,
-                   /*training=*/true,
-                   0.0,
-                   eps,
-                   true,
-                   {},
-                   require_activation(activation, activation_param),
-                   /*for_backward=*/false,
-                   /*skip_nonfinite=*/false};
-  call.alone = false;
-  call.check();
-  require_not_differentiable("running_mean", running_mean);
-  require_not_differentiable("running_var", running_var);
-}
-
-BackwardCall backward_call(const at::Tensor& dy, const at::Tensor& x, const OptionalTensor& residual,
-                           const OptionalTensor& mask, const OptionalTensor& weight,
-                           const OptionalTensor& bias, const at::Tensor& stats, ActivationName activation,
-                           std::optional<double> activation_param, std::array<bool, 4> wanted) {
-  return {dy,
-          x,
-          residual,
-          mask,
-          weight,
-          bias,
-          stats,
-          /*training=*/true,
-          require_activation(activation, activation_param),
-          /*from_output=*/false,
-          wanted};
-}
-
-constexpr std::array<bool, 4> kSums{false, true, true, false};
-
-std::array<bool, 4> wanted_of(std::array<bool, 2> output_mask) {
-  return {output_mask[0], false, false, output_mask[1]};
 }
 
 // Where a kernel may read pairs of numbers at once.
@@ -109,14 +30,10 @@ at::Tensor on_pairs(const at::Tensor& t) {
 
 }  // namespace
 
-at::Tensor moments_dense(const at::Tensor& x, const OptionalTensor& residual, const OptionalTensor& weight,
-                         const OptionalTensor& bias, const OptionalTensor& running_mean,
-                         const OptionalTensor& running_var, const OptionalTensor& num_batches_tracked,
-                         double eps, ActivationName activation, std::optional<double> activation_param) {
-  require_training(x, residual, weight, bias, running_mean, running_var, num_batches_tracked, eps, activation,
-                   activation_param);
-  for (const OptionalTensor& running : {running_mean, running_var}) {
-    if (present(running)) at::assert_no_internal_overlap(*running);
+at::Tensor moments_dense(const ForwardCall& call) {
+  const at::Tensor& x = call.x;
+  for (const OptionalTensor* running : {&call.running_mean, &call.running_var}) {
+    if (present(*running)) at::assert_no_internal_overlap(**running);
   }
   require_engine(x);
   const Input input(x);
@@ -131,37 +48,12 @@ at::Tensor moments_dense(const at::Tensor& x, const OptionalTensor& residual, co
   return moments;
 }
 
-at::Tensor moments_meta(const at::Tensor& x, const OptionalTensor& residual, const OptionalTensor& weight,
-                        const OptionalTensor& bias, const OptionalTensor& running_mean,
-                        const OptionalTensor& running_var, const OptionalTensor& num_batches_tracked,
-                        double eps, ActivationName activation, std::optional<double> activation_param) {
-  require_training(x, residual, weight, bias, running_mean, running_var, num_batches_tracked, eps, activation,
-                   activation_param);
-  return at::empty_symint({2, x.sym_size(1)}, x.options().dtype(at::kDouble));
+at::Tensor moments_meta(const ForwardCall& call) {
+  return at::empty_symint({2, call.x.sym_size(1)}, call.x.options().dtype(at::kDouble));
 }
 
-ForwardResult normalize_dense(const at::Tensor& x, const OptionalTensor& residual,
-                              const OptionalTensor& weight, const OptionalTensor& bias,
-                              const at::Tensor& moments, double eps, ActivationName activation,
-                              std::optional<double> activation_param, bool for_backward) {
-  return with_moments(x, residual, weight, bias, moments, eps, activation, activation_param, for_backward,
-                      forward_dense);
-}
-
-ForwardResult normalize_meta(const at::Tensor& x, const OptionalTensor& residual,
-                             const OptionalTensor& weight, const OptionalTensor& bias,
-                             const at::Tensor& moments, double eps, ActivationName activation,
-                             std::optional<double> activation_param, bool for_backward) {
-  return with_moments(x, residual, weight, bias, moments, eps, activation, activation_param, for_backward,
-                      forward_meta);
-}
-
-GradSumsResult grad_sums_dense(const at::Tensor& dy, const at::Tensor& x, const OptionalTensor& residual,
-                               const OptionalTensor& mask, const OptionalTensor& weight,
-                               const OptionalTensor& bias, const at::Tensor& stats, ActivationName activation,
-                               std::optional<double> activation_param) {
-  const BackwardCall call =
-      backward_call(dy, x, residual, mask, weight, bias, stats, activation, activation_param, kSums);
+GradSumsResult grad_sums_dense(const BackwardCall& call) {
+  const at::Tensor& x = call.x;
   call.check();
   require_engine(x);
   at::Tensor sums = empty_vector({x.size(1), 2}, at::kDouble, x);
@@ -170,40 +62,26 @@ GradSumsResult grad_sums_dense(const at::Tensor& dy, const at::Tensor& x, const 
   return {sums, dweight, dbias};
 }
 
-GradSumsResult grad_sums_meta(const at::Tensor& dy, const at::Tensor& x, const OptionalTensor& residual,
-                              const OptionalTensor& mask, const OptionalTensor& weight,
-                              const OptionalTensor& bias, const at::Tensor& stats, ActivationName activation,
-                              std::optional<double> activation_param) {
-  auto [dx, dweight, dbias, dresidual] = backward_meta(
-      backward_call(dy, x, residual, mask, weight, bias, stats, activation, activation_param, kSums));
+GradSumsResult grad_sums_meta(const BackwardCall& call) {
+  auto [dx, dweight, dbias, dresidual] = backward_meta(call);
+  const at::Tensor& x = call.x;
   return {at::empty_symint({x.sym_size(1), 2}, x.options().dtype(at::kDouble)), dweight, dbias};
 }
 
-InputGradResult input_grad_dense(const at::Tensor& dy, const at::Tensor& x, const OptionalTensor& residual,
-                                 const OptionalTensor& mask, const OptionalTensor& weight,
-                                 const OptionalTensor& bias, const at::Tensor& stats, const at::Tensor& sums,
-                                 ActivationName activation, std::optional<double> activation_param,
-                                 std::array<bool, 2> output_mask) {
-  const BackwardCall call = backward_call(dy, x, residual, mask, weight, bias, stats, activation,
-                                          activation_param, wanted_of(output_mask));
+InputGradResult input_grad_dense(const BackwardCall& call, const at::Tensor& sums) {
   call.check();
-  require_sums(sums, x);
-  require_engine(x);
+  require_sums(sums, call.x);
+  require_engine(call.x);
   const at::Tensor given = on_pairs(sums);
   auto [dx, dweight, dbias, dresidual] =
-      run_backward(call, Input(x), Pass::input_grad, nullptr,
+      run_backward(call, Input(call.x), Pass::input_grad, nullptr,
                    reinterpret_cast<const Sums*>(given.const_data_ptr<double>()));
   return {dx, dresidual};
 }
 
-InputGradResult input_grad_meta(const at::Tensor& dy, const at::Tensor& x, const OptionalTensor& residual,
-                                const OptionalTensor& mask, const OptionalTensor& weight,
-                                const OptionalTensor& bias, const at::Tensor& stats, const at::Tensor& sums,
-                                ActivationName activation, std::optional<double> activation_param,
-                                std::array<bool, 2> output_mask) {
-  require_sums(sums, x);
-  auto [dx, dweight, dbias, dresidual] = backward_meta(backward_call(
-      dy, x, residual, mask, weight, bias, stats, activation, activation_param, wanted_of(output_mask)));
+InputGradResult input_grad_meta(const BackwardCall& call, const at::Tensor& sums) {
+  auto [dx, dweight, dbias, dresidual] = backward_meta(call);
+  require_sums(sums, call.x);
   return {dx, dresidual};
 }
 
