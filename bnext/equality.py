@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_flatten, tree_map_only
 
 from . import randomness
+from .fused_forward import FusedForward
 from .modules import OUR_ATTRIBUTES
 
 __all__ = ["Behaviour"]
@@ -57,7 +58,11 @@ class Behaviour:
                 kind = name.rpartition(" of ")[0]
                 largest[kind] = max(largest.get(kind, 0.0), _norm(value))
         for name, value in self.found.items():
-            if not self._same(value, found[name], largest.get(name.rpartition(" of ")[0], 0.0)):
+            try:
+                same = self._same(value, found[name], largest.get(name.rpartition(" of ")[0], 0.0))
+            except Exception as error:  # of a comparison of what is no tensor
+                return f"nobody can compare {name}: {type(error).__name__}: {error}"
+            if not same:
                 return f"{name} differs"
         return None
 
@@ -76,6 +81,8 @@ class Behaviour:
 
     def _of(self, module: nn.Module) -> Mapping[str, Any]:
         work = copy.deepcopy(module)
+        if isinstance(work, FusedForward) is not isinstance(module, FusedForward):
+            raise ValueError("a copy of it has another forward")
         if self.in_double:
             work.double()
         found: dict[str, Any] = {}
@@ -85,6 +92,8 @@ class Behaviour:
                 work.train(training)
                 mode = "in training" if training else "in eval"
                 found |= {f"{mode}, {name}": value for name, value in self._step(work, 1 + training)}
+            with torch.no_grad():
+                found |= {f"in eval without grad, {name}": value for name, value in self._step(work, 3)}
         return found
 
     def _input(self, x: Tensor) -> Tensor:
@@ -108,7 +117,13 @@ class Behaviour:
         terms = []
         for i, y in enumerate(outputs):
             yield f"output of {i}", y.detach().clone() if isinstance(y, Tensor) else y
-            if isinstance(y, Tensor) and y.is_floating_point() and y.requires_grad:
+            yield f"mode of output {i}", isinstance(y, Tensor) and y.requires_grad
+            if (
+                isinstance(y, Tensor)
+                and y.is_floating_point()
+                and y.requires_grad
+                and torch.is_grad_enabled()
+            ):
                 weights = torch.linspace(-1, 2, y.numel(), dtype=y.dtype, device=y.device)
                 terms.append((y * weights.view_as(y)).sum())
         if terms:

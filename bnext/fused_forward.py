@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from typing import Any, ClassVar
+from weakref import WeakValueDictionary
 
 from torch import fx, nn
 from torch.fx.graph_module import _format_import_block, _forward_from_src
@@ -20,10 +21,6 @@ class FusedForward:
 
     _own_class: ClassVar[type[nn.Module]]
     _text: ClassVar[str]
-
-    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
-        """Of other modules, as a slice of a Sequential is: one of the class that it was."""
-        return cls._own_class(*args, **kwargs)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """As the class that it was, and forward as text."""
@@ -44,7 +41,20 @@ def set_forward(module: nn.Module, graph: fx.Graph) -> None:
     module.__class__ = _fused_class(own, text)
 
 
+_classes: WeakValueDictionary[tuple[type[nn.Module], str], type[nn.Module]] = WeakValueDictionary()
+
+
 def _fused_class(own: type[nn.Module], text: str) -> type[nn.Module]:
+    """One for all copies."""
+    known = _classes.get((own, text))
+    if known is not None:
+        return known
+
+    def construct(made: type[nn.Module], *args: Any, **kwargs: Any) -> Any:
+        """Of other modules, as a slice of a Sequential is: one of the class that it was."""
+        return own(*args, **kwargs) if made is fused else type(own).__call__(made, *args, **kwargs)
+
+    metaclass = type("FusedType", (type(own),), {"__call__": construct})
     body = {
         "forward": _forward_from_src(text, {}),
         "_own_class": own,
@@ -53,9 +63,11 @@ def _fused_class(own: type[nn.Module], text: str) -> type[nn.Module]:
         "__qualname__": own.__qualname__,
         "__doc__": own.__doc__,
     }
-    return type(own.__name__, (FusedForward, own), body)
+    fused: type[nn.Module] = metaclass(own.__name__, (FusedForward, own), body)
+    _classes[own, text] = fused
+    return fused
 
 
 def _blank(own: type[nn.Module], text: str) -> nn.Module:
     made = _fused_class(own, text)
-    return object.__new__(made)
+    return made.__new__(made)

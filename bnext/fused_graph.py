@@ -30,10 +30,6 @@ def fuse_graph(graph: fx.Graph, module: nn.Module) -> bool:
     Nodes carry the sizes that :class:`torch.fx.passes.shape_prop.ShapeProp` notes. The layers stay what they are: who
     calls them otherwise has them as ever.
     """
-    for node in graph.nodes:
-        if _is_nothing(module, node):
-            node.replace_all_uses_with(node.args[0])
-            graph.erase_node(node)
     norms = [(node, norm) for node in graph.nodes if (norm := _norm(module, node)) is not None]
     order = {node: place for place, node in enumerate(graph.nodes)}
     calls = Counter(norm for _, norm in norms)
@@ -49,13 +45,11 @@ def _draw_in(module: nn.Module, node: fx.Node, layer: FusedBatchNorm, order: dic
         return False
     if node.kwargs or len(node.args) != 1:
         return False
-    drawn: list[fx.Node] = []
-    residual = _residual(module, node, order)
-    if residual is not None:
-        drawn.append(*node.users)
-    found = _activation(module, drawn[-1] if drawn else node)
-    if found is not None:
-        drawn.append(*(drawn[-1] if drawn else node).users)
+    drawn: list[fx.Node] = []  # nodes that alone read one another
+    residual, chain = _residual(module, node, order)
+    drawn += chain
+    found, chain = _activation(module, drawn[-1] if drawn else node)
+    drawn += chain
     if not drawn or any(_writes(module, other) for other in _between(node, drawn[-1]) if other not in drawn):
         return False
     drawn[-1].replace_all_uses_with(node)
@@ -68,35 +62,55 @@ def _draw_in(module: nn.Module, node: fx.Node, layer: FusedBatchNorm, order: dic
     return True
 
 
-def _residual(module: nn.Module, node: fx.Node, order: dict[fx.Node, int]) -> fx.Node | None:
+_Chain = list[fx.Node]
+
+
+def _next(module: nn.Module, node: fx.Node) -> _Chain:
+    """What alone reads a value, the last, and before it modules that hand it on; none if there are several."""
+    chain = [*_only_reader(node)]
+    while chain and _is_nothing(module, chain[-1]):
+        chain += (reader := _only_reader(chain[-1]))
+        if not reader:
+            return []
+    return chain
+
+
+def _residual(module: nn.Module, node: fx.Node, order: dict[fx.Node, int]) -> tuple[fx.Node | None, _Chain]:
     """What the only reader of a batch norm adds to it: a tensor of the same size and dtype that is there already."""
-    reader = _only_reader(node)
-    if reader is None or reader.target not in _ADDITIONS.get(reader.op, ()):
-        return None
+    chain = _next(module, node)
+    if not chain or chain[-1].target not in _ADDITIONS.get(chain[-1].op, ()):
+        return None, []
+    reader, value = chain[-1], ([node, *chain])[-2]
     if reader.kwargs or len(reader.args) != 2:
-        return None
+        return None, []
     left, right = reader.args
-    other = right if left is node else left
+    other = right if left is value else left
+    is_left = left is other
+    while isinstance(other, fx.Node) and _is_nothing(module, other):
+        other = other.args[0]
     if not isinstance(other, fx.Node) or other is node or order[other] > order[node]:
-        return None
+        return None, []
     # A parameter may have the example's batch size and no other.
     if _size(other) is None or _size(other) != _size(node) or other.op == "get_attr":
-        return None
-    writes_over_it = left is other and reader.target not in (operator.add, torch.add, "add")
-    if writes_over_it and (_norm(module, other) is None or _only_reader(other) is None):
-        return None  # somebody may look at it afterwards
-    return other
+        return None, []
+    writes_over_it = is_left and reader.target not in (operator.add, torch.add, "add")
+    if writes_over_it and (_norm(module, other) is None or not _only_reader(other)):
+        return None, []  # somebody may look at it afterwards
+    return other, chain
 
 
-def _activation(module: nn.Module, node: fx.Node) -> Activation | None:
+def _activation(module: nn.Module, node: fx.Node) -> tuple[Activation | None, _Chain]:
     """What the only reader of a value computes of it, if that is one of our activations."""
-    reader = _only_reader(node)
-    if reader is None or reader.all_input_nodes != [node]:
-        return None
+    chain = _next(module, node)
+    if not chain or chain[-1].all_input_nodes != [([node, *chain])[-2]]:
+        return None, []
+    reader = chain[-1]
     if reader.op == "call_module":
         called = module.get_submodule(str(reader.target))
-        return None if has_hooks(called) else of_module(called)
-    return of_call(reader.target, reader.args, reader.kwargs)
+        found = None if has_hooks(called) else of_module(called)
+    else:
+        found = of_call(reader.target, reader.args, reader.kwargs)
+    return found, chain if found is not None else []
 
 
 def _norm(module: nn.Module, node: fx.Node) -> FusedBatchNorm | None:
@@ -118,8 +132,8 @@ def _size(node: fx.Node) -> tuple[torch.Size, torch.dtype] | None:
     return (noted.shape, noted.dtype) if isinstance(noted, TensorMetadata) else None
 
 
-def _only_reader(node: fx.Node) -> fx.Node | None:
-    return next(iter(node.users)) if len(node.users) == 1 else None
+def _only_reader(node: fx.Node) -> _Chain:
+    return [*node.users] if len(node.users) == 1 else []
 
 
 def _between(first: fx.Node, last: fx.Node) -> Iterator[fx.Node]:
@@ -132,9 +146,13 @@ def _between(first: fx.Node, last: fx.Node) -> Iterator[fx.Node]:
 def _writes(module: nn.Module, node: fx.Node) -> bool:
     """Whether a node may write to memory that is not its own: by torch's names."""
     if node.op == "call_module":
-        return bool(getattr(module.get_submodule(str(node.target)), "inplace", False))
+        called = module.get_submodule(str(node.target))
+        known = type(called).__module__.startswith("torch.nn.") or type(called) in OURS.values()
+        return not known or has_hooks(called) or bool(getattr(called, "inplace", False))
     if node.op not in ("call_function", "call_method"):
         return False
+    if getattr(getattr(node.target, "_schema", None), "is_mutable", False):
+        return True
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
     in_place_operators = name.startswith("i") and getattr(operator, f"__{name}__", None) is node.target
     return (

@@ -14,13 +14,14 @@ from torch.fx.passes.shape_prop import ShapeProp
 from torch.utils._pytree import tree_map_only
 
 from . import randomness
+from .attributes import captured_modules
 from .conversion import OURS, convert_classes
 from .equality import Behaviour
 from .fused_forward import FusedForward, set_forward
 from .fused_graph import fuse_graph
 from .holding import are_held
 from .modules import require_module
-from .tracing import has_norm, trace
+from .tracing import HOOKS, has_norm, trace
 
 __all__ = ["fuse"]
 
@@ -61,8 +62,9 @@ def fuse(module: Network, *example_inputs: Any) -> Network:
     Raises:
         TypeError: it is no module.
         ValueError: forward does not work with the example, or not with fused modules in it; the example is all zeros or
-            the like; something is hooked into all modules, or a module was given another forward; within
-            :func:`bnext.hold_statistics`, which torch's layers do not know.
+            the like; something is hooked into all modules, a module was given another forward, copies of it lack
+            something, or an attribute is a function that holds one; within :func:`bnext.hold_statistics`, which torch's
+            layers do not know.
     """
     require_module(module)
     if are_held():
@@ -76,6 +78,11 @@ def fuse(module: Network, *example_inputs: Any) -> Network:
             raise ValueError(
                 f"expected modules with the forward of their class, but '{name}' was given another one"
             )
+    if captured := captured_modules(module):
+        raise ValueError(
+            f"expected functions in attributes that hold no modules, which a copy would not have as its own, but "
+            f"'{captured[0]}' does"
+        )
     with _explained(module):
         behaviour, fused = Behaviour(module, example_inputs), _sharing(module)
     if behaviour.has_nan or (example_inputs and all(map(_constant, example_inputs))):
@@ -118,7 +125,7 @@ def _explained(module: nn.Module) -> Iterator[None]:
 
 
 def _constant(x: Any) -> bool:
-    return isinstance(x, Tensor) and bool((x == x.flatten()[:1]).all())
+    return isinstance(x, Tensor) and (x.numel() == 0 or bool((x == x.flatten()[:1]).all()))
 
 
 def _fuse_parts(module: nn.Module, name: str, inputs: _Inputs) -> None:
@@ -181,8 +188,21 @@ def _inputs(module: nn.Module, example_inputs: tuple[Any, ...]) -> _Inputs:
 
 
 def _sharing(module: Network) -> Network:
-    """A copy with the same tensors: parameters, buffers, and what else it holds of them."""
+    """A copy with the same tensors: parameters, buffers, and what else it holds of them.
+
+    Raises:
+        ValueError: a module copies itself, and leaves something out.
+    """
     held = (
         tensor for part in module.modules() for tensor in vars(part).values() if isinstance(tensor, Tensor)
     )
-    return copy.deepcopy(module, {id(t): t for t in chain(module.parameters(), module.buffers(), held)})
+    made = copy.deepcopy(module, {id(t): t for t in chain(module.parameters(), module.buffers(), held)})
+    for (name, part), (_, copied) in zip(module.named_modules(), made.named_modules(), strict=True):
+        lost = vars(part).keys() - vars(copied).keys()
+        lost |= {kind for kind in HOOKS if len(getattr(part, kind)) != len(getattr(copied, kind))}
+        if lost:
+            raise ValueError(f"a copy of '{name}' lacks its {min(lost)}")
+    for (name, tensor), (_, shared) in zip(module.named_parameters(), made.named_parameters(), strict=True):
+        if tensor is not shared:
+            raise ValueError(f"a copy has a parameter '{name}' of its own")
+    return made

@@ -52,6 +52,8 @@ def of_module(module: nn.Module) -> Activation | None:
     name = _BY_MODULE.get(type(module))
     if name is None or getattr(module, "approximate", "none") != "none":
         return None
+    if isinstance(module, nn.ReLU6) and (module.min_val, module.max_val) != (0, 6):
+        return None
     parameter = _TABLE[name].parameter
     return Activation(name, None if parameter is None else float(getattr(module, parameter)))
 

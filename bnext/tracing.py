@@ -12,10 +12,11 @@ import torch
 from torch import fx, nn
 
 from . import randomness
+from .attributes import contents, same
 
-__all__ = ["has_hooks", "has_norm", "trace"]
+__all__ = ["HOOKS", "has_hooks", "has_norm", "trace"]
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def has_norm(module: nn.Module) -> bool:
@@ -25,16 +26,16 @@ def has_norm(module: nn.Module) -> bool:
 
 def has_hooks(module: nn.Module) -> bool:
     """Whether something else happens when it is called."""
-    return any(getattr(module, kind) for kind in _HOOKS)
+    return any(getattr(module, kind) for kind in HOOKS)
 
 
 def trace(module: nn.Module, inputs: int) -> fx.Graph | None:
     """The graph of forward called with so many tensors, by position.
 
     None where torch.fx cannot trace it, where it is another one in training than in eval, and where a graph could not
-    say what forward does: it takes more than these tensors, makes tensors of its own, draws random numbers while it is
-    traced, leaves something in an attribute, or computes under another grad or autocast mode or other hooks of saved
-    tensors. Modules without a batch norm are looked into at first, and not the second time.
+    say what forward does: it may take something else than these tensors, makes tensors of its own, draws random numbers
+    while it is traced, leaves something in an attribute, or computes under a grad or autocast mode or hooks of saved
+    tensors of its own. Modules without a batch norm are looked into at first, and not the second time.
     """
     if not _takes(module, inputs):
         return None
@@ -42,50 +43,64 @@ def trace(module: nn.Module, inputs: int) -> fx.Graph | None:
     known |= {name for name, _ in [*module.named_buffers(remove_duplicate=False)]}
     for tracer in (_Tracer, _ShallowTracer):
         try:
-            training, evaluating = (
-                _traced(tracer(), copy.deepcopy(module).train(training)) for training in (True, False)
-            )
+            graphs = [_traced(tracer, module, *modes) for modes in _MODES]
         except Exception:  # whatever a forward raises when it meets a proxy
             continue
-        constants = {str(node.target) for node in training.nodes if node.op == "get_attr"} - known
-        if str(training) == str(evaluating) and not constants:
-            return training
+        constants = {str(node.target) for node in graphs[0].nodes if node.op == "get_attr"} - known
+        if len({str(graph) for graph in graphs}) == 1 and not constants:
+            return graphs[0]
     return None
 
 
-def _traced(tracer: fx.Tracer, module: nn.Module) -> fx.Graph:
-    held, drawn = _held(module), randomness.state()
-    with randomness.left_alone():
-        graph = tracer.trace(module)
+# training, with grad, the other autocast mode: what forward does itself about one of these shows in another.
+_MODES = [(True, True, False), (False, True, False), (True, False, False), (True, True, True)]
+
+
+def _traced(
+    tracer: type[_Tracer], module: nn.Module, training: bool, grad: bool, other_autocast: bool
+) -> fx.Graph:
+    module = copy.deepcopy(module).train(training)
+    held, drawn = contents(module), randomness.state()
+    autocast = torch.is_autocast_enabled("cpu") is not other_autocast
+    with randomness.left_alone(), torch.set_grad_enabled(grad), torch.autocast("cpu", enabled=autocast):
+        graph = tracer().trace(module)
         if randomness.state() != drawn:
             raise ValueError("random numbers, which a graph would have drawn once for all")
-    after = _held(module)
-    if len(after) != len(held) or any(one is not other for one, other in zip(held, after, strict=True)):
+    if not same(held, contents(module)):
         raise ValueError("an attribute that forward sets, which a graph does not")
     return graph
-
-
-def _held(module: nn.Module) -> list[object]:
-    """What the modules in it have in their attributes, and in the containers there."""
-    found: list[object] = []
-    for part in module.modules():
-        for name, value in vars(part).items():
-            found += [name, value]
-            if isinstance(value, dict):
-                found += [*value.keys(), *value.values()]
-            elif isinstance(value, list | tuple | set):
-                found += value
-    return found
 
 
 def _takes(module: nn.Module, inputs: int) -> bool:
     parameters = [*inspect.signature(module.forward).parameters.values()]
     by_position = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    return len(parameters) == inputs and all(parameter.kind in by_position for parameter in parameters)
+    return len(parameters) == inputs and all(
+        parameter.kind in by_position and parameter.default is parameter.empty for parameter in parameters
+    )
 
 
-class _Proxy(fx.Proxy):
+class _Unwritten:
+    """What a tensor is given for an attribute is in no graph, and torch.fx says nothing."""
+
+    _OWN = ("tracer", "node", "root", "attr", "_node")  # torch.fx's
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if name not in self._OWN:
+            raise ValueError(f"an attribute {name} of a tensor, which a graph does not set")
+        super().__setattr__(name, value)
+
+
+class _Attribute(_Unwritten, fx.proxy.Attribute):
+    """One of a tensor, such as its dtype: whether a set has it nobody knows."""
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+class _Proxy(_Unwritten, fx.Proxy):
     """Where `a += b` writes to a. torch.fx by itself reads it as `a = a + b`."""
+
+    def __getattr__(self, name: str) -> _Attribute:
+        return _Attribute(self, name)
 
 
 def _recorded(target: Callable[[Any, Any], Any]) -> Callable[[fx.Proxy, Any], fx.Proxy]:

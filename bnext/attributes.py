@@ -1,0 +1,96 @@
+"""What the modules of a network hold in their attributes, to see whether a forward leaves something there."""
+
+from __future__ import annotations
+
+import random
+import sys
+import types
+from collections import deque
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["captured_modules", "contents", "same"]
+
+_Contents = tuple[list[object], list[object]]
+_MOST = 100_000  # objects that are looked at: an attribute may lead anywhere
+_NOT_WALKED = (
+    nn.Module,  # parts of their own
+    Tensor,
+    type,
+    types.FunctionType,
+    types.BuiltinFunctionType,
+    types.MethodType,
+    types.ModuleType,
+)
+
+
+def contents(module: nn.Module) -> _Contents:
+    """Every object that is reached through attributes and containers, and the states of generators among them."""
+    objects: list[object] = []
+    states: list[object] = []
+    seen: set[int] = set()
+    waiting: list[object] = [vars(part) for part in module.modules()]
+    while waiting and len(objects) < _MOST:
+        value = waiting.pop()
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        states += _state_of_generator(value)
+        inner = _inside(value)
+        objects += inner
+        waiting += inner
+    return objects, states
+
+
+def same(one: _Contents, other: _Contents) -> bool:
+    """Whether the objects are the very same, and no generator has gone on."""
+    (objects, states), (others, their_states) = one, other
+    return (
+        len(objects) == len(others)
+        and all(a is b for a, b in zip(objects, others, strict=True))
+        and states == their_states
+    )
+
+
+def captured_modules(module: nn.Module) -> list[str]:
+    """Attributes that are functions around one of the modules: a copy of the network would call the original's."""
+    own = {id(part) for part in module.modules()}
+    return [
+        f"{name}.{key}" if name else key
+        for name, part in module.named_modules()
+        for key, value in vars(part).items()
+        if isinstance(value, types.FunctionType)
+        and any(id(_content_of(cell)) in own for cell in value.__closure__ or ())
+    ]
+
+
+def _content_of(cell: types.CellType) -> object:
+    try:
+        return cell.cell_contents
+    except ValueError:  # nothing is in it yet
+        return None
+
+
+def _inside(value: Any) -> list[object]:
+    if isinstance(value, dict):
+        return [*value.keys(), *value.values()]
+    if isinstance(value, list | tuple | set | frozenset | deque):
+        return [*value]
+    if isinstance(value, _NOT_WALKED):
+        return []
+    return [getattr(value, "__dict__", None)]
+
+
+def _state_of_generator(value: Any) -> list[object]:
+    numpy: Any = sys.modules.get("numpy")
+    if isinstance(value, random.Random):
+        return [value.getstate()]
+    if isinstance(value, torch.Generator):
+        return [value.get_state().tolist()]
+    if numpy is not None and isinstance(value, numpy.random.Generator):
+        return [str(value.bit_generator.state)]
+    if numpy is not None and isinstance(value, numpy.random.RandomState):
+        return [str(value.get_state(legacy=False)["state"])]
+    return []
