@@ -111,6 +111,11 @@ class _Kept(NamedTuple):
         )
 
 
+def _kept(call: Call, x: Tensor, *others: Tensor | None) -> _Kept:
+    """What backward finds of it: hooks may bring x back in another order."""
+    return _Kept(x.contiguous(memory_format=call.order), *others)  # type: ignore[arg-type]
+
+
 Grads = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
 
@@ -138,12 +143,13 @@ class _Gradients(torch.autograd.Function):
     def forward(ctx: Any, dy: Tensor, call: Call, wants: tuple[bool, ...], *kept: Tensor | None) -> Grads:
         ctx.call = call
         ctx.save_for_backward(dy, *kept)
-        return _gradients(dy, _Kept(*kept), call, wants)  # type: ignore[arg-type]
+        return _gradients(dy, _kept(call, *kept), call, wants)  # type: ignore[arg-type]
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
         dy, *tensors = ctx.saved_tensors
-        kept, call = _Kept(*tensors), ctx.call
+        call = ctx.call
+        kept = _kept(call, *tensors)
         passes = None
         if kept.mask.numel():
             with torch.no_grad():
@@ -188,7 +194,7 @@ class _Normalize(torch.autograd.Function):
         if torch.is_grad_enabled():
             found = _Gradients.apply(dy, call, wants, *ctx.saved_tensors)  # type: ignore[no-untyped-call]
         else:
-            found = _gradients(dy, _Kept(*ctx.saved_tensors), call, wants)
+            found = _gradients(dy, _kept(call, *ctx.saved_tensors), call, wants)
         dx, dresidual, dweight, dbias = found
         if wants[1] and call.activation is None:
             dresidual = dy
@@ -239,7 +245,7 @@ def batch_norm(
     differentiable = torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (input, residual, weight, bias)
     )
-    call = Call(eps, activation, activation_param, group, differentiable)
+    call = Call(eps, activation, activation_param, group, differentiable, _format(input))
     output: Tensor = _Normalize.apply(  # type: ignore[no-untyped-call]
         input, residual, weight, bias, moments, total, call
     )

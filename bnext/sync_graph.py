@@ -15,13 +15,14 @@ __all__ = ["Call", "Inputs", "derivatives"]
 
 
 class Call(NamedTuple):
-    """What a call has besides tensors. differentiable: a backward may follow."""
+    """What a call has besides tensors. differentiable: a backward may follow. order: of x, and of bits of the mask."""
 
     eps: float
     activation: str | None
     activation_param: float | None
     group: dist.ProcessGroup
     differentiable: bool
+    order: torch.memory_format
 
 
 class Inputs(NamedTuple):

@@ -6,6 +6,7 @@
 
 #include "forward_mode.h"
 #include "nodes.h"
+#include "versions.h"
 
 namespace bnext {
 namespace {
@@ -20,18 +21,14 @@ void refuse_forward_mode(const Tensors&... tensors) {
                               "because it has not been implemented yet.");
 }
 
-// Of tensors that a training forward writes.
-void bump_versions(std::initializer_list<OptionalTensor> written) {
-  for (const OptionalTensor& t : written) {
-    if (present(t) && !t->is_inference()) t->unsafeGetTensorImpl()->bump_version();
-  }
-}
-
 void check_differentiability(const at::Tensor& x, const OptionalTensor& running_mean,
-                             const OptionalTensor& running_var) {
+                             const OptionalTensor& running_var, bool training) {
   TORCH_CHECK(x.defined(), "expected input to be a tensor, but got None");
-  require_not_differentiable("running_mean", running_mean);
-  require_not_differentiable("running_var", running_var);
+  for (const auto& [name, running] :
+       {std::pair{"running_mean", &running_mean}, std::pair{"running_var", &running_var}}) {
+    require_not_differentiable(name, *running);
+    if (training) require_own_elements(name, *running);
+  }
 }
 
 }  // namespace
@@ -44,7 +41,7 @@ ForwardResult batch_norm_autograd(const at::Tensor& x, const OptionalTensor& res
                                   at::IntArrayRef ndims, ActivationName activation,
                                   std::optional<double> activation_param, bool for_backward,
                                   bool skip_nonfinite) {
-  check_differentiability(x, running_mean, running_var);
+  check_differentiability(x, running_mean, running_var, training);
   Held<BatchNormNode> node;
   if (at::GradMode::is_enabled() &&
       (x.requires_grad() || requires_grad(residual) || requires_grad(weight) || requires_grad(bias))) {
@@ -81,14 +78,12 @@ at::Tensor batch_norm_inplace_autograd(const at::Tensor& x, const OptionalTensor
                                        at::IntArrayRef ndims, ActivationName activation,
                                        std::optional<double> activation_param, bool for_backward,
                                        bool skip_nonfinite) {
-  check_differentiability(x, running_mean, running_var);
+  check_differentiability(x, running_mean, running_var, training);
   refuse_forward_mode(x, weight, bias);
   const bool differentiable =
       at::GradMode::is_enabled() && (x.requires_grad() || requires_grad(weight) || requires_grad(bias));
   torch::autograd::check_inplace(x, differentiable);
-  TORCH_CHECK(!x.is_neg(),
-              "inplace=True writes the input's own elements, but those of this view are negated when "
-              "they are read: expected input.resolve_neg()");
+  require_own_elements("input", x);
   Held<BatchNormNode> node;
   if (differentiable) {
     node = make_node<BatchNormNode>(x, std::nullopt, weight, bias, training,
@@ -104,7 +99,7 @@ at::Tensor batch_norm_inplace_autograd(const at::Tensor& x, const OptionalTensor
   bump_versions({x});
   if (node) {
     torch::autograd::rebase_history(x, node);
-    node->x = SavedVariable(x, /*is_output=*/true, /*is_inplace_on_view=*/x.is_view());
+    node->x = KeptInput(SavedVariable(x, /*is_output=*/true, /*is_inplace_on_view=*/x.is_view()));
     node->stats = SavedVariable(stats, /*is_output=*/false);
   }
   if (training) bump_versions({running_mean, running_var, num_batches_tracked});

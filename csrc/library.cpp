@@ -18,6 +18,7 @@
 #include "ops.h"
 #include "phases.h"
 #include "plan_bindings.h"
+#include "versions.h"
 
 TORCH_LIBRARY(bnext, m) {
   // Batch normalization of x over all dimensions but 1. stats (2, C), float64: the mean and 1/sqrt(var + eps)
@@ -104,6 +105,11 @@ TORCH_LIBRARY_IMPL(bnext, Meta, m) {
   m.impl("batch_norm", bnext::batch_norm<bnext::forward_meta>);
   m.impl("batch_norm_", bnext::batch_norm_inplace<bnext::inplace_meta>);
   m.impl("batch_norm_backward", bnext::batch_norm_backward<bnext::backward_meta>);
+}
+
+TORCH_LIBRARY_IMPL(bnext, ADInplaceOrView, m) {
+  m.impl("batch_norm", bnext::BelowAutograd<bnext::ForwardSignature, bnext::forward_operator>::call);
+  m.impl("batch_norm_", bnext::BelowAutograd<bnext::InplaceSignature, bnext::inplace_operator>::call);
 }
 
 TORCH_LIBRARY_IMPL(bnext, Autograd, m) {

@@ -68,6 +68,34 @@ struct Likeness {
   at::Tensor shaped(at::Tensor vector) const { return sizes.size() == 1 ? vector : vector.view(sizes); }
 };
 
+// Tensors of vmap, and what torch.func wraps.
+inline bool is_transformed(const at::Tensor& t) {
+  return t.key_set().has_any(
+      c10::DispatchKeySet({c10::DispatchKey::Batched, c10::DispatchKey::FuncTorchBatched,
+                           c10::DispatchKey::FuncTorchGradWrapper}));
+}
+
+// x beside a mask, whose bits lie in the order that x had: a hook may bring its values back in another.
+class KeptInput {
+ public:
+  KeptInput() = default;
+  KeptInput(const Variable& x, bool masked) : saved_(x, /*is_output=*/false) {
+    if (masked && !is_transformed(x)) format_ = memory_format_of(x);
+  }
+  explicit KeptInput(SavedVariable output) : saved_(std::move(output)) {}
+
+  template <class... Node>
+  at::Tensor unpack(Node... node) const {
+    at::Tensor x = saved_.unpack(std::move(node)...);
+    return format_ && !is_transformed(x) ? x.contiguous(*format_) : x;
+  }
+  void reset_data() { saved_.reset_data(); }
+
+ private:
+  SavedVariable saved_;
+  std::optional<at::MemoryFormat> format_;
+};
+
 // An activation that outlives the call.
 struct SavedActivation {
   ActivationSpec spec;
@@ -120,7 +148,7 @@ class KeptParameter {
 // From y to x, residual, weight and bias: written out as torch's own nodes are, because
 // torch::autograd::Function takes longer than a small batch does.
 struct BatchNormNode : torch::autograd::Node {
-  SavedVariable x;                              // from_output: y, an output of this node
+  KeptInput x;                                  // from_output: y, an output of this node
   std::optional<at::MemoryFormat> format_of_x;  // in place of x
   SavedVariable residual, mask, stats;
   KeptParameter weight, bias;
@@ -138,7 +166,7 @@ struct BatchNormNode : torch::autograd::Node {
         activation(activation) {
     const bool masked = present(given_residual) && is_masked(activation.spec.kind);
     if (needs_x(input, given_weight, masked)) {
-      if (!from_output) x = SavedVariable(input, /*is_output=*/false);
+      if (!from_output) x = KeptInput(input, masked);
     } else {
       format_of_x = memory_format_of(input);
     }
@@ -151,7 +179,8 @@ struct BatchNormNode : torch::autograd::Node {
 
   void release_variables() override {
     std::lock_guard<std::mutex> lock(mutex_);
-    for (SavedVariable* saved : {&x, &residual, &mask, &stats}) saved->reset_data();
+    x.reset_data();
+    for (SavedVariable* saved : {&residual, &mask, &stats}) saved->reset_data();
     for (KeptParameter* parameter : {&weight, &bias}) parameter->reset();
   }
 
@@ -171,12 +200,16 @@ struct BatchNormNode : torch::autograd::Node {
       if (tells_its_format(dy)) gradient = dy.contiguous(*format_of_x);
       input = gradient;
     }
+    OptionalTensor w = weight.unpack(kept, kKeptWeight, next_edge(2));
     OptionalTensor b;  // takes part in the activation's input, and in x where y stands for it
     if (activation.spec || from_output) b = bias.unpack(kept, kKeptBias, next_edge(3));
+    if (bnext::present(w) && bnext::present(b) && w->scalar_type() != b->scalar_type()) {
+      w = w->to(at::kDouble);  // one of them has a tangent, the other is a row of stats
+      b = b->to(at::kDouble);
+    }
     auto [dx, dweight, dbias, dresidual] =
-        backward_operator().call(gradient, input, optional(residual.unpack()), optional(mask.unpack()),
-                                 weight.unpack(kept, kKeptWeight, next_edge(2)), b, kept, training,
-                                 activation.name, activation.param, from_output, wanted);
+        backward_operator().call(gradient, input, optional(residual.unpack()), optional(mask.unpack()), w, b,
+                                 kept, training, activation.name, activation.param, from_output, wanted);
     if (wanted[0]) result[0] = std::move(dx);
     if (wanted[1]) result[2] = weight.like.of(std::move(dweight));
     if (wanted[2]) result[3] = bias.like.of(std::move(dbias));
@@ -191,18 +224,16 @@ struct BatchNormNode : torch::autograd::Node {
            (bnext::present(given_weight) && given_weight->requires_grad()) || !tells_its_format(input);
   }
 
-  // Tensors of vmap do not, nor may a tangent be one of those.
+  // Transformed ones do not, nor may a tangent be one of those.
   static bool tells_its_format(const Variable& t) {
-    const auto transformed =
-        c10::DispatchKeySet({c10::DispatchKey::Batched, c10::DispatchKey::FuncTorchBatched,
-                             c10::DispatchKey::FuncTorchGradWrapper});
-    return !t.key_set().has_any(transformed) && !torch::autograd::isFwGradDefined(t);
+    return !is_transformed(t) && !torch::autograd::isFwGradDefined(t);
   }
 };
 
 // From dx, dweight, dbias and dresidual to dy, x, residual, weight and bias.
 struct BatchNormBackwardNode : torch::autograd::Node {
-  SavedVariable dy, x, residual, mask, weight, bias, stats;
+  KeptInput x;
+  SavedVariable dy, residual, mask, weight, bias, stats;
   bool training, from_output;
   SavedActivation activation;
 
@@ -211,8 +242,8 @@ struct BatchNormBackwardNode : torch::autograd::Node {
                         const Variable& stats, bool training, const SavedActivation& activation,
                         bool from_output)
       : Node(torch::autograd::collect_next_edges(dy, x, residual, weight, bias)),
+        x(x, /*masked=*/bnext::present(mask)),
         dy(dy, /*is_output=*/false),
-        x(x, /*is_output=*/false),
         residual(residual.value_or(at::Tensor()), /*is_output=*/false),
         mask(mask.value_or(at::Tensor()), /*is_output=*/false),
         weight(weight.value_or(at::Tensor()), /*is_output=*/false),
@@ -226,7 +257,8 @@ struct BatchNormBackwardNode : torch::autograd::Node {
 
   void release_variables() override {
     std::lock_guard<std::mutex> lock(mutex_);
-    for (SavedVariable* saved : {&dy, &x, &residual, &mask, &weight, &bias, &stats}) saved->reset_data();
+    x.reset_data();
+    for (SavedVariable* saved : {&dy, &residual, &mask, &weight, &bias, &stats}) saved->reset_data();
   }
 
   variable_list apply(variable_list&& grads) override {

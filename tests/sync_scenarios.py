@@ -190,6 +190,25 @@ def gradients_in_a_graph(rank: int, world: int) -> None:
 
 
 @scenario
+def a_hook_that_keeps_x_in_another_order(rank: int, world: int) -> None:
+    """The bits of a mask lie in the order that x had."""
+    generator = torch.Generator().manual_seed(9)
+    x, residual, dy = (torch.randn(6, 4, 5, 3, generator=generator, dtype=torch.float64) for _ in range(3))
+    layer = bnext.SyncBatchNorm(4, activation="relu", dtype=torch.float64)
+    results = []
+    for pack in (lambda t: t, lambda t: t.detach().contiguous()):
+        last = [
+            share(t, rank, world).contiguous(memory_format=torch.channels_last) for t in (x, residual, dy)
+        ]
+        leaves = last[0].requires_grad_(), last[1].requires_grad_(), *layer.parameters()
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            first = torch.autograd.grad(layer(*leaves[:2]), leaves, last[2], create_graph=True)
+        second = torch.autograd.grad(sum(g.square().sum() for g in first), leaves, materialize_grads=True)
+        results.append([*first, *second])
+    torch.testing.assert_close(*results, rtol=1e-12, atol=1e-12)
+
+
+@scenario
 def what_is_not_finite(rank: int, world: int) -> None:
     """As in one process: an infinity is its channel's mean, squares may overflow; nobody's values count for nothing."""
     for value, dtype in (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -206,3 +207,29 @@ def test_inplace_refuses(device: str) -> None:
             duals[position] = forward_ad.make_dual(duals[position], torch.ones_like(duals[position]))
             with pytest.raises(NotImplementedError, match="forward AD with bnext::batch_norm_ "):
                 batch_norm(duals[0], None, None, *duals[1:], training=True, inplace=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("which", ["weight", "bias"])
+def test_a_tangent_of_one_parameter_alone(which: str, dtype: torch.dtype, device: str) -> None:
+    """Backward has the one as it was, the other from the statistics."""
+    results = []
+    for kind in (bnext.BatchNorm2d(3, activation="relu"), nn.Sequential(nn.BatchNorm2d(3), nn.ReLU())):
+        network = copy.deepcopy(kind).to(device, dtype)
+        layer = network[0] if isinstance(network, nn.Sequential) else network
+        generator = torch.Generator(device).manual_seed(1)
+        x = torch.randn(4, 3, 5, 6, device=device, generator=generator).to(dtype)
+        with torch.no_grad():
+            layer.weight.copy_(torch.linspace(0.5, 1.5, 3)), layer.bias.copy_(torch.linspace(-0.5, 0.5, 3))
+        parameters = {name: p.detach().clone().requires_grad_() for name, p in layer.named_parameters()}
+        tangent = torch.ones_like(parameters[which])
+        prefix = "" if layer is network else "0."
+        with forward_ad.dual_level():
+            dual = {**parameters, which: forward_ad.make_dual(parameters[which], tangent)}
+            y = torch.func.functional_call(network, {prefix + name: p for name, p in dual.items()}, (x,))
+            grads = torch.autograd.grad(y.float().square().mean(), [*parameters.values()])
+            results.append([forward_ad.unpack_dual(t) for t in (y, *grads)])
+    eps = 40 * torch.finfo(dtype).eps
+    for ours, expected in zip(*results, strict=True):
+        torch.testing.assert_close(ours.primal, expected.primal, rtol=eps, atol=eps)
+        torch.testing.assert_close(ours.tangent, expected.tangent, rtol=eps, atol=eps)

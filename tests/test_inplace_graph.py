@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from typing import Any
 
 import pytest
 import torch
@@ -206,3 +207,31 @@ def test_backward_frees_what_was_saved() -> None:
     y.sum().backward()
     with pytest.raises(RuntimeError, match="second time"):
         y.sum().backward()
+
+
+def test_versions_go_up_in_inference_mode() -> None:
+    """So that a graph which keeps what is written over there says so."""
+    h = values().detach().requires_grad_() * 1
+    loss = (h * h).sum()
+    layer = bnext.BatchNorm1d(h.shape[1], dtype=h.dtype)
+    before = [t._version for t in (h, *layer.buffers())]
+    with torch.inference_mode():
+        layer(h)
+        batch_norm(h, None, None, training=True, inplace=True)
+    assert [t._version for t in (h, *layer.buffers())] == [version + 1 for version in before]
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.enable_grad])
+@pytest.mark.parametrize("which", ["input", "running_mean", "running_var"])
+def test_elements_that_are_negated_when_read(which: str, mode: Any) -> None:
+    """A view of a conjugate is refused where it is written to, before anything is."""
+    x = values().detach()
+    given = {"input": x, "running_mean": x.new_zeros(x.shape[1]), "running_var": x.new_ones(x.shape[1])}
+    given[which] = torch.view_as_complex(torch.stack([given[which]] * 2, -1)).conj().imag
+    before = {name: t.clone() for name, t in given.items()}
+    with mode(), pytest.raises(RuntimeError, match=rf"expected {which}\.resolve_neg\(\)"):
+        batch_norm(**given, training=True, inplace=True)
+    for name, t in given.items():
+        assert torch.equal(t, before[name])

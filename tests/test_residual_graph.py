@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -71,6 +72,42 @@ def test_two_orders_as_torchs_composition(mode: Mode, active: Active | None, dev
     for ours, expected in zip(results[:2], results[2:], strict=True):
         largest = max(float(tensor.detach().abs().max()) for tensor in expected)
         torch.testing.assert_close(ours, expected, rtol=1e-10, atol=1e-12 * largest)
+
+
+# Bring x back in another memory order than it had.
+ORDERS: dict[str, Callable[[Tensor], Tensor]] = {
+    "contiguous": lambda t: t.detach().contiguous(),  # as torch.autograd.graph.save_on_cpu(pin_memory=True)
+    "channels last": lambda t: (
+        t.detach().contiguous(memory_format=torch.channels_last) if t.dim() == 4 else t.detach()
+    ),
+    "clones": lambda t: t.detach().clone(),
+}
+
+
+@pytest.mark.parametrize("pack", ORDERS.values(), ids=ORDERS.keys())
+@pytest.mark.parametrize("layout", ["nchw", "nhwc", "a slice"])
+@train_and_eval
+@every_active
+def test_hooks_that_keep_values_in_another_order(
+    active: Active | None, mode: Mode, layout: str, pack: Callable[[Tensor], Tensor], device: str
+) -> None:
+    """The bits of a mask lie in the order that x had."""
+    results = []
+    for hooked in (False, True):
+        problem = make(active, (3, 4, 6, 6), "nhwc" if layout == "a slice" else layout, FLOAT64, mode, device)
+        if layout == "a slice":  # of which a clone is dense in an order that kernels know
+            problem.x, problem.residual, problem.dy = (
+                torch.cat([t, t], 3).to(memory_format=torch.channels_last)[..., ::2]
+                for t in (problem.x, problem.residual, problem.dy)
+            )
+        leaves = problem.require_grad()
+        hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t)
+        with hooks if hooked else contextlib.nullcontext():
+            y = problem.forward()
+            first = torch.autograd.grad(y, leaves, problem.dy, create_graph=True)
+        second = torch.autograd.grad(sum(g.square().sum() for g in first), leaves, materialize_grads=True)
+        results.append([y, *first, *second])
+    torch.testing.assert_close(*results, rtol=1e-12, atol=1e-12)
 
 
 def kept_by(problem: Problem) -> list[Tensor]:
