@@ -3,7 +3,8 @@
 Memory fresh from the system costs as much as normalizing it: every page faults at its first touch. Outputs and input
 gradients of 2 MB and more therefore come from blocks of huge pages that are used again. A quarter of what may be kept,
 at most 512 MB, is kept as it is. The system may take back the pages of other blocks that nobody uses (MADV_FREE),
-though tools may go on counting them as the process's own.
+though tools may go on counting them as the process's own. A block that nobody asks for in a long time makes room for
+others. Where address space is limited (ulimit -v, vm.overcommit_memory=2), what is kept is missing elsewhere: limit it.
 """
 
 from operator import index
@@ -31,7 +32,7 @@ def set_limit(limit: int) -> None:
     """Keeps at most that many bytes from now on; 0 keeps nothing.
 
     Args:
-        limit: bytes; at first a quarter of the machine's memory.
+        limit: bytes; at first a quarter of the machine's memory, or of what the process or its container may have.
 
     Raises:
         TypeError: not an integer.

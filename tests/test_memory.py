@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -163,3 +165,33 @@ def test_a_child_of_fork_goes_on() -> None:
         torch.set_num_threads(1)
         os._exit(0 if bool((output() == 1).all()) else 1)
     assert os.waitpid(child, 0)[1] == 0
+
+
+def test_sizes_that_nobody_asks_for_any_more_make_room() -> None:
+    """Beyond the limit; not at once, for they may belong to the same step."""
+    bnext.memory.set_limit(3 * BLOCK)
+    others = [output((4, 16, 160, 160 + 8 * k)) for k in range(3)]
+    del others
+    kept = bnext.memory.cached_bytes()
+    assert kept > BLOCK
+    large = (4, 16, 160, 220)
+    output(large)
+    assert bnext.memory.cached_bytes() == kept
+    for _ in range(1100):
+        output(large)
+    address = output(large).data_ptr()
+    assert output(large).data_ptr() == address
+    assert BLOCK < bnext.memory.cached_bytes() <= 3 * BLOCK
+
+
+def test_a_process_that_may_have_less_keeps_less() -> None:
+    code = """
+import resource, torch, bnext
+resource.setrlimit(resource.RLIMIT_AS, (8 << 30, 8 << 30))
+x, mean, var = torch.zeros(1, 1, 1), torch.zeros(1), torch.ones(1)
+outputs = [bnext.functional.batch_norm(torch.zeros(1, 1, 25 << 20), mean, var) for _ in range(25)]
+del outputs
+print(bnext.memory.cached_bytes() >> 20)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert 1900 <= int(done.stdout) <= 2048

@@ -4,7 +4,8 @@
 // normalizing it. A training step asks for the same sizes again and again, so freed blocks are kept: a
 // quarter of what may be kept, at most 512 MB, as they are, the others so that the system may take their
 // pages back while they are unused (MADV_FREE). That costs nobody anything under memory pressure, but 10
-// microseconds a megabyte each time, two thirds of what normalizing it takes.
+// microseconds a megabyte each time, two thirds of what normalizing it takes. Where no more may be kept,
+// blocks that nobody has asked for in a long time make room.
 #pragma once
 
 #include <cstddef>
@@ -31,7 +32,7 @@ size_t empty_cache() noexcept;
 // Bytes of blocks that are kept for reuse.
 size_t cached_bytes() noexcept;
 
-// From now on at most that many bytes are kept; at first a quarter of the machine's memory.
+// From now on at most that many bytes are kept; at first a quarter of the memory that the process may have.
 void set_cache_limit(size_t bytes) noexcept;
 
 }  // namespace bnext::cpu
