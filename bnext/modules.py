@@ -116,7 +116,9 @@ class FusedBatchNorm(nn.modules.batchnorm._BatchNorm):
         Returns (N, C, ...) of the input's dtype, with ``inplace`` the input itself. See
         :func:`bnext.functional.batch_norm`, also for the errors.
         """
-        name, parameter = self._activation_of(activation)
+        name, parameter = self.activation, self.activation_param
+        if activation is not None:
+            name, parameter = self._activation_of(activation)
         training = self.training
         tracking = training and self.track_running_stats
         weight, bias, running_mean, running_var, counter = self._tensors()
@@ -139,8 +141,8 @@ class FusedBatchNorm(nn.modules.batchnorm._BatchNorm):
             _ndims=self._ndims,
         )
 
-    def _activation_of(self, call: _Activation | None) -> tuple[str | None, float | None]:
-        if call is None or isinstance(call, fx.Proxy):  # where the layer itself is traced
+    def _activation_of(self, call: _Activation) -> tuple[str | None, float | None]:
+        if isinstance(call, fx.Proxy):  # where the layer itself is traced
             return self.activation, self.activation_param
         if not isinstance(call, tuple) or len(call) != 2:
             raise TypeError(f"expected the activation of a call as (name, parameter), but got {call!r}")
@@ -236,7 +238,9 @@ class SyncBatchNorm(FusedBatchNorm):
         group = self._group()
         if group is None:
             return super().forward(input, residual, activation=activation)
-        name, parameter = self._activation_of(activation)
+        name, parameter = self.activation, self.activation_param
+        if activation is not None:
+            name, parameter = self._activation_of(activation)
         weight, bias, running_mean, running_var, counter = self._tensors()
         tracking = self.track_running_stats and not are_held()
         tracked = (running_mean, running_var, counter) if tracking else (None, None, None)
