@@ -80,7 +80,11 @@ def _inside(value: Any) -> list[object]:
         return [*value]
     if isinstance(value, _NOT_WALKED):
         return []
-    return [getattr(value, "__dict__", None)]
+    try:
+        attributes = getattr(value, "__dict__", None)
+    except Exception:  # of an object that answers for every name
+        return []
+    return [*attributes.keys(), *attributes.values()] if isinstance(attributes, dict) else []
 
 
 def _state_of_generator(value: Any) -> list[object]:

@@ -40,8 +40,12 @@ class Behaviour:
 
     @property
     def has_nan(self) -> bool:
-        """Whether there is something in it that cannot be compared."""
-        return any(isinstance(value, Tensor) and bool(value.isnan().any()) for value in self.found.values())
+        """Whether there is something in what it computes that cannot be compared."""
+        return any(
+            isinstance(value, Tensor) and bool(value.isnan().any())
+            for name, value in self.found.items()
+            if ", attribute of " not in name
+        )
 
     def difference(self, other: nn.Module) -> str | None:
         """Where another module does something else, in words; None if it does the same."""
@@ -140,8 +144,12 @@ class Behaviour:
             for key, value in vars(part).items():
                 if isinstance(value, _PLAIN) and key not in (*OUR_ATTRIBUTES, *_text(part)):
                     yield f"attribute of {name}.{key}", value
-                elif isinstance(value, Tensor):
+                elif isinstance(value, Tensor) and _can_be_compared(value):
                     yield f"attribute of {name}.{key}", value.detach().clone()
+
+
+def _can_be_compared(x: Tensor) -> bool:
+    return x.layout == torch.strided and not x.is_meta and not x.is_quantized and x.dtype.itemsize > 1
 
 
 def _text(part: nn.Module) -> tuple[str, ...]:

@@ -86,7 +86,9 @@ def _residual(module: nn.Module, node: fx.Node, order: dict[fx.Node, int]) -> tu
     left, right = reader.args
     other = right if left is value else left
     is_left = left is other
+    handed_on = []
     while isinstance(other, fx.Node) and _is_nothing(module, other):
+        handed_on.append(other)
         other = other.args[0]
     if not isinstance(other, fx.Node) or other is node or order[other] > order[node]:
         return None, []
@@ -94,7 +96,7 @@ def _residual(module: nn.Module, node: fx.Node, order: dict[fx.Node, int]) -> tu
     if _size(other) is None or _size(other) != _size(node) or other.op == "get_attr":
         return None, []
     writes_over_it = is_left and reader.target not in (operator.add, torch.add, "add")
-    if writes_over_it and (_norm(module, other) is None or not _only_reader(other)):
+    if writes_over_it and (_norm(module, other) is None or not all(map(_only_reader, [other, *handed_on]))):
         return None, []  # somebody may look at it afterwards
     return other, chain
 

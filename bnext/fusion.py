@@ -43,9 +43,9 @@ def fuse(module: Network, *example_inputs: Any) -> Network:
     the traced graph, and what Python decided while it was traced is decided for good: attributes that forward asks for,
     and the number of dimensions. It calls layers, not the modules between it and them, nor activations that are drawn
     in: hooks put on those afterwards do not run, and what is put in their place or appended is not called. Where a
-    module cannot be traced, does something else in training than in eval, draws random numbers, leaves something in an
-    attribute, or does anything else that a graph does not keep, its own forward stays and the modules in it are fused
-    one by one.
+    module cannot be traced, does something else in training than in eval, has arguments with defaults, draws random
+    numbers, leaves something in an attribute, or does anything else that a graph does not keep, its own forward stays
+    and the modules in it are fused one by one.
 
     Every graph is tried before it is taken: copies of the module and of the fused one compute a training and an eval
     step of the example, in float64 where forward works in it, and have to agree in outputs, gradients and buffers.
@@ -198,6 +198,8 @@ def _sharing(module: Network) -> Network:
     )
     made = copy.deepcopy(module, {id(t): t for t in chain(module.parameters(), module.buffers(), held)})
     for (name, part), (_, copied) in zip(module.named_modules(), made.named_modules(), strict=True):
+        if isinstance(part, fx.GraphModule):  # whose copies have what their graph needs
+            vars(copied).update({key: vars(part)[key] for key in vars(part).keys() - vars(copied).keys()})
         lost = vars(part).keys() - vars(copied).keys()
         lost |= {kind for kind in HOOKS if len(getattr(part, kind)) != len(getattr(copied, kind))}
         if lost:

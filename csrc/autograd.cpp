@@ -22,12 +22,12 @@ void refuse_forward_mode(const Tensors&... tensors) {
 }
 
 void check_differentiability(const at::Tensor& x, const OptionalTensor& running_mean,
-                             const OptionalTensor& running_var, bool training) {
+                             const OptionalTensor& running_var) {
   TORCH_CHECK(x.defined(), "expected input to be a tensor, but got None");
   for (const auto& [name, running] :
        {std::pair{"running_mean", &running_mean}, std::pair{"running_var", &running_var}}) {
     require_not_differentiable(name, *running);
-    if (training) require_own_elements(name, *running);
+    require_own_elements(name, *running);
   }
 }
 
@@ -41,7 +41,7 @@ ForwardResult batch_norm_autograd(const at::Tensor& x, const OptionalTensor& res
                                   at::IntArrayRef ndims, ActivationName activation,
                                   std::optional<double> activation_param, bool for_backward,
                                   bool skip_nonfinite) {
-  check_differentiability(x, running_mean, running_var, training);
+  check_differentiability(x, running_mean, running_var);
   Held<BatchNormNode> node;
   if (at::GradMode::is_enabled() &&
       (x.requires_grad() || requires_grad(residual) || requires_grad(weight) || requires_grad(bias))) {
@@ -78,7 +78,7 @@ at::Tensor batch_norm_inplace_autograd(const at::Tensor& x, const OptionalTensor
                                        at::IntArrayRef ndims, ActivationName activation,
                                        std::optional<double> activation_param, bool for_backward,
                                        bool skip_nonfinite) {
-  check_differentiability(x, running_mean, running_var, training);
+  check_differentiability(x, running_mean, running_var);
   refuse_forward_mode(x, weight, bias);
   const bool differentiable =
       at::GradMode::is_enabled() && (x.requires_grad() || requires_grad(weight) || requires_grad(bias));

@@ -23,7 +23,7 @@ inline void bump_versions(std::initializer_list<OptionalTensor> written) {
 // Elements of a view like complex.conj().imag are negated when they are read, by whom but the kernels.
 inline void require_own_elements(const char* name, const OptionalTensor& t) {
   TORCH_CHECK(!present(t) || !t->is_neg(), name,
-              " is written in place, but elements of this view are negated when they are read: expected ",
+              " may be written in place, but elements of this view are negated when they are read: expected ",
               name, ".resolve_neg()");
 }
 
@@ -44,10 +44,8 @@ struct BelowAutograd<Result(Arguments...), kOperator> {
     const OptionalTensor& counter = std::get<kMean + 2>(all);
     const bool training = std::get<kMean + 3>(all);
     if (kOverInput) require_own_elements("input", std::get<0>(all));
-    if (training) {
-      require_own_elements("running_mean", mean);
-      require_own_elements("running_var", var);
-    }
+    require_own_elements("running_mean", mean);
+    require_own_elements("running_var", var);
     Result result = [&] {
       at::AutoDispatchBelowADInplaceOrView below;
       return kOperator().call(std::forward<Arguments>(arguments)...);

@@ -20,7 +20,7 @@ import bnext
 from bnext.fused_forward import FusedForward
 from graphless import block, conv, norm
 from networks import NETWORKS, Net, images, make, step
-from test_fusion import CLOSE
+from test_fusion import CLOSE, counts
 
 
 class Clip(torch.autograd.Function):
@@ -148,6 +148,40 @@ def test_what_forward_leaves_anywhere(place: str) -> None:
     assert {"namespace": lambda k: k.loss is not None, "deque": len, "nested": lambda k: k["a"]}[place](
         fused.kept
     )
+
+
+TENSORS = {
+    "sparse": lambda: torch.eye(5).to_sparse(),
+    "meta": lambda: torch.empty(3, device="meta"),
+    "float8": lambda: torch.ones(3).to(torch.float8_e4m3fn),
+    "nan": lambda: torch.full((3,), float("nan")),
+}
+
+
+class Slots:
+    """Answers for every name, with the wrong error."""
+
+    __slots__ = ()
+
+    def __getattr__(self, name: str) -> object:
+        raise KeyError(name)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Slots:
+        return self
+
+
+@pytest.mark.parametrize("tensor", TENSORS.values(), ids=TENSORS.keys())
+def test_tensors_in_attributes_are_no_hindrance(tensor: Callable[[], Tensor]) -> None:
+    plain = block().double()
+    plain.kept, plain.strange = tensor(), Slots()
+    assert counts(bnext.fuse(plain, images())) == {"norm+sigmoid": 1}
+
+
+def test_a_graph_with_an_attribute() -> None:
+    plain = nn.Sequential(fx.symbolic_trace(nn.Sequential(norm(), nn.ReLU()))).double()
+    plain[0].kept = "this"
+    fused = bnext.fuse(plain, images())
+    assert counts(fused) == {"norm+relu": 1} and fused[0].kept == "this"
 
 
 def test_a_head_that_is_put_in_later() -> None:

@@ -184,6 +184,20 @@ def test_sizes_that_nobody_asks_for_any_more_make_room() -> None:
     assert BLOCK < bnext.memory.cached_bytes() <= 3 * BLOCK
 
 
+def test_forgotten_sizes_stay_where_there_is_room() -> None:
+    bnext.memory.set_limit(20 * BLOCK)
+    output()
+    other = (4, 16, 160, 220)
+    output(other)
+    kept = bnext.memory.cached_bytes()
+    for _ in range(1100):
+        output(other)
+    output(
+        (4, 16, 160, 3000)
+    )  # larger than what stays hot, and than any limit a block of which it could make room for
+    assert bnext.memory.cached_bytes() >= kept
+
+
 def test_a_process_that_may_have_less_keeps_less() -> None:
     code = """
 import resource, torch, bnext

@@ -25,6 +25,7 @@ constexpr size_t kMostHotBytes = size_t{512} << 20;
 // Blocks that are given back while one is kept and not asked for, some steps of a large network: from then on
 // it makes room. No sooner, for a step that needs more than may be kept would push out what it asks for next.
 constexpr uint64_t kForgotten = 1024;
+constexpr int kMostFreed = 64;  // of those at a time
 
 size_t round_up(size_t bytes) { return (bytes + kHugePage - 1) / kHugePage * kHugePage; }
 
@@ -74,29 +75,42 @@ struct Cache {
   }
 
   bool fits(size_t size) const { return bytes + size <= limit; }
-  bool stays_hot(size_t size) const { return hot_bytes + size <= std::min(limit / 4, kMostHotBytes); }
+  size_t hot_limit() const { return std::min(limit / 4, kMostHotBytes); }
+  bool stays_hot(size_t size) const { return hot_bytes + size <= hot_limit(); }
 
   void forget(size_t size, const Block& block) {
     bytes -= size;
     if (block.hot) hot_bytes -= size;
   }
 
-  // Takes out what nobody has asked for in a long time until another block fits, and stays hot.
-  std::vector<Freed> make_room(size_t wanted) {
-    std::vector<Freed> freed;
-    while (!fits(wanted) || !stays_hot(wanted)) {
-      auto oldest = blocks.end();
-      for (auto it = blocks.begin(); it != blocks.end(); ++it) {
-        if (it->second.empty()) continue;  // the first of a size is its oldest
-        if (oldest == blocks.end() || it->second.front().since < oldest->second.front().since) oldest = it;
-      }
-      if (oldest == blocks.end() || given_back - oldest->second.front().since < kForgotten) break;
-      const Block block = oldest->second.front();
-      freed.push_back({block.data, oldest->first});
-      oldest->second.erase(oldest->second.begin());
-      forget(oldest->first, block);
+  // Takes out what nobody has asked for in a long time, as much of it as another block needs to fit, and of
+  // hot ones to stay hot: so many, whose pages are still to be given back.
+  int make_room(size_t wanted, Freed (&freed)[kMostFreed]) {
+    int count = 0;
+    while (wanted <= limit && !fits(wanted) && take_oldest(false, freed, count)) {
     }
-    return freed;
+    while (wanted <= hot_limit() && !stays_hot(wanted) && take_oldest(true, freed, count)) {
+    }
+    return count;
+  }
+
+  bool take_oldest(bool hot_alone, Freed (&freed)[kMostFreed], int& count) {
+    std::vector<Block>* from = nullptr;
+    size_t size = 0, at = 0;
+    for (auto& [of, list] : blocks) {
+      size_t k = 0;  // the first of a size is its oldest
+      while (k < list.size() && hot_alone && !list[k].hot) ++k;
+      if (k == list.size() || (from != nullptr && list[k].since >= (*from)[at].since)) continue;
+      from = &list;
+      size = of;
+      at = k;
+    }
+    if (count == kMostFreed || from == nullptr || given_back - (*from)[at].since < kForgotten) return false;
+    const Block block = (*from)[at];
+    from->erase(from->begin() + static_cast<std::ptrdiff_t>(at));
+    forget(size, block);
+    freed[count++] = {block.data, size};
+    return true;
   }
 
   // Never destroyed: tensors may outlive every static object.
@@ -144,18 +158,17 @@ void* acquire_block(size_t bytes) noexcept {
 void release_block(void* data, size_t bytes) noexcept {
   const size_t size = round_up(bytes);
   Cache& cache = Cache::cache();
-  bool hot = false;
-  try {  // not under the lock: what takes a while
-    std::vector<Freed> forgotten;
-    {
-      const std::lock_guard lock(cache.mutex);
-      ++cache.given_back;
-      forgotten = cache.make_room(size);
-      hot = cache.stays_hot(size);
-    }
-    for (const Freed& block : forgotten) unmap(block.data, block.size);
-  } catch (...) {  // no memory for the list
+  bool hot;
+  Freed forgotten[kMostFreed];
+  int count;
+  {
+    const std::lock_guard lock(cache.mutex);
+    ++cache.given_back;
+    count = cache.make_room(size, forgotten);
+    hot = cache.stays_hot(size);
   }
+  // Not under the lock: what takes a while.
+  for (int k = 0; k < count; ++k) unmap(forgotten[k].data, forgotten[k].size);
   if (!hot) madvise(data, size + kSpareBytes, MADV_FREE);
   const std::lock_guard lock(cache.mutex);
   try {
