@@ -26,7 +26,7 @@ void check_differentiability(const at::Tensor& x, const OptionalTensor& running_
   TORCH_CHECK(x.defined(), "expected input to be a tensor, but got None");
   for (const auto& [name, running] :
        {std::pair{"running_mean", &running_mean}, std::pair{"running_var", &running_var}}) {
-    require_not_differentiable(name, *running);
+    if (at::GradMode::is_enabled()) require_not_differentiable(name, *running);
     require_own_elements(name, *running);
   }
 }

@@ -183,10 +183,12 @@ inline void require_slope_source(const std::optional<at::Tensor>& residual,
               "expected dresidual only with an activation and a residual: it is dy otherwise");
 }
 
-// Of batch_norm_.
-inline void require_invertible(const ActivationSpec& activation) {
+// Of batch_norm_. The parameter is rounded to what x is computed in, where little of it may be left.
+inline void require_invertible(const ActivationSpec& activation, const at::Tensor& x) {
+  const bool wide = x.scalar_type() == at::kDouble;
+  const double param = wide ? activation.param : static_cast<float>(activation.param);
   TORCH_CHECK_VALUE(
-      is_invertible(activation.kind, activation.param),
+      is_invertible(activation.kind, param),
       "inplace=True keeps the output alone, so backward has to recover the input from it: expected "
       "activation None, leaky_relu or elu, with a positive parameter, but got ",
       activation ? activation_name(activation.kind) : "None",

@@ -76,6 +76,7 @@ BackwardInputs double_backward(const Cotangents& to, const BackwardInputs& given
   {
     const at::AutoGradMode enabled(true);
     wide_dy = dy.to(math);
+    if (wide_dy.is_same(dy)) wide_dy = dy.view_as(dy);  // dy may be x, residual or what those come from
     if (!wide_dy.requires_grad()) wide_dy = differentiable_leaf(wide_dy);
     if (mask.defined()) {
       dz = masked_grad(activation, wide_dy, mask, x);
@@ -94,6 +95,7 @@ BackwardInputs double_backward(const Cotangents& to, const BackwardInputs& given
       torch::autograd::grad({dz}, sources, {to_dz}, /*retain_graph=*/true,
                             /*create_graph=*/at::GradMode::is_enabled(), /*allow_unused=*/true);
   result.dy = through[0].defined() ? through[0].to(dy.scalar_type()) : at::Tensor();
+  if (!z.defined() && bias.defined()) result.bias = at::zeros_like(bias);
   if (through.size() < 2 || !through[1].defined()) return result;
   if (residual.defined()) result.residual = through[1].to(residual.scalar_type());
   const OptionalTensor w = weight.defined() ? OptionalTensor(weight) : std::nullopt;

@@ -197,8 +197,11 @@ struct BatchNormNode : torch::autograd::Node {
     const at::Tensor kept = stats.unpack();
     at::Tensor gradient = dy, input = from_output ? x.unpack(held<Node>(this)) : x.unpack();
     if (format_of_x) {  // anything like x will do for x
-      if (tells_its_format(dy)) gradient = dy.contiguous(*format_of_x);
-      input = gradient;
+      if (tells_its_format(dy)) {
+        input = gradient = dy.contiguous(*format_of_x);
+      } else {
+        input = at::zeros_symint(dy.sym_sizes(), dy.options()).contiguous(*format_of_x);
+      }
     }
     OptionalTensor w = weight.unpack(kept, kKeptWeight, next_edge(2));
     OptionalTensor b;  // takes part in the activation's input, and in x where y stands for it

@@ -69,7 +69,7 @@ ForwardResult forward_dense(const ForwardCall& call) {
 at::Tensor inplace_dense(const ForwardCall& call) {
   const at::Tensor& x = call.x;
   call.check();
-  require_invertible(call.activation);
+  require_invertible(call.activation, x);
   require_engine(x);
   if (call.for_backward) require_recoverable(call.weight);
   require_writable(x);

@@ -95,8 +95,10 @@ void share(Plan& plan, Tiling& t, const Room& room, const Device& device, int64_
   const int64_t slab_bytes =
       t.positions() * (t.traversal == Traversal::planes ? 1 : t.vectors) * inputs * kVectorBytes;
   int64_t chunks = room.chunks;
+  const int64_t multiprocessors =
+      std::min<int64_t>(device.multiprocessors - device.spare_multiprocessors, room.blocks);
   // Few slabs leave multiprocessors over: they share those that take a block alone too long.
-  if (chunks == 1 && slab_bytes > kAloneBytes && t.groups * 2 <= device.multiprocessors) chunks = 2;
+  if (chunks == 1 && slab_bytes > kAloneBytes && t.groups * 2 <= multiprocessors) chunks = 2;
   if (chunks == 1) return cut(t, 1);
   const int64_t most =
       std::min(ceil_div(slab_bytes, kAloneBytes / 2), ceil_div(t.positions(), kLeastRows * stride(t)));

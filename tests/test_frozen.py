@@ -9,6 +9,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 import bnext
 from benchmarks.blocks import kept_bytes
@@ -178,6 +179,31 @@ def test_batched_gradients(active: Active | None, layout: str, device: str) -> N
     x = LAYOUT[layout].arrange(made).requires_grad_()
     residual = torch.randn_like(made).requires_grad_()
     assert torch.autograd.gradcheck(layer, (x, residual), check_batched_grad=True)
+
+
+@pytest.mark.parametrize("layout", ["nchw", "nhwc"])
+@pytest.mark.parametrize("active", [None, *ACTIVE], ids=str)
+def test_transformed_gradients_that_lie_otherwise(active: Active | None, layout: str, device: str) -> None:
+    """Batched, and with a tangent: they do not say how they lie, and a mask's bits lie as x does."""
+    layer = bnext.BatchNorm2d(
+        6, activation=active and active.activation, activation_param=active and active.activation_param
+    ).to(device, torch.float64)
+    bnext.freeze(layer)
+    torch.manual_seed(0)
+    x, residual, dy = (
+        LAYOUT[name].arrange(torch.randn(SHAPE, device=device, dtype=torch.float64))
+        for name in (layout, layout, "nhwc" if layout == "nchw" else "nchw")
+    )
+    leaves = (x.requires_grad_(), residual.requires_grad_())
+    y = layer(*leaves)
+    expected = torch.autograd.grad(y, leaves, dy, retain_graph=True)
+    batched = torch.autograd.grad(y, leaves, torch.stack([dy, -dy]), is_grads_batched=True, retain_graph=True)
+    with forward_ad.dual_level():
+        dual = torch.autograd.grad(y, leaves, forward_ad.make_dual(dy, 2 * dy))
+        primals, tangents = zip(*(forward_ad.unpack_dual(g) for g in dual), strict=True)
+    for one, many, primal, tangent in zip(expected, batched, primals, tangents, strict=True):
+        for found, factor in ((many[0], 1), (many[1], -1), (primal, 1), (tangent, 2)):
+            torch.testing.assert_close(found, factor * one)
 
 
 def test_second_derivatives_of_what_is_not_finite(device: str) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import bnext
 from bnext.functional import batch_norm
+from cases import ACTIVE, Active
 
 
 def leaves(dtype: torch.dtype = torch.float64) -> list[Tensor]:
@@ -178,3 +179,41 @@ def test_compiled_autograd_is_refused() -> None:
         pytest.raises(NotImplementedError, match="bnext::BatchNormBackward"),
     ):
         value.backward()
+
+
+@pytest.mark.parametrize("active", [None, *ACTIVE], ids=str)
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+@pytest.mark.parametrize("whose", ["x", "what x comes from", "residual"])
+def test_second_order_where_dy_is_an_input(whose: str, training: bool, active: Active | None) -> None:
+    """The part of the gradient's gradient that dy has is counted once."""
+    x, weight, bias = leaves()
+    statistics = None if training else torch.ones(3, dtype=torch.float64)
+
+    def both(v: Tensor, by_hand: bool) -> Tensor:
+        source = v.sin() if whose == "what x comes from" else v
+        given = leaves()[0].detach().exp() if whose == "residual" else source
+        residual = v if whose == "residual" else None
+        plain = (given, statistics, statistics, weight, bias, training, 0.1)
+        if by_hand:
+            y = torch.nn.functional.batch_norm(*plain)
+            y = y if residual is None else y + residual
+            y = y if active is None else active.of(y)
+        else:
+            activation, param = (
+                (None, None) if active is None else (active.activation, active.activation_param)
+            )
+            y = batch_norm(*plain, activation=activation, activation_param=param, residual=residual)
+        (first,) = torch.autograd.grad(y, v, grad_outputs=v, create_graph=True)
+        return torch.autograd.grad(first.square().sum(), v)[0]
+
+    torch.testing.assert_close(both(x, by_hand=False), both(x, by_hand=True))
+
+
+@pytest.mark.parametrize("active", ["relu", "silu"])
+def test_second_order_by_a_bias(active: str) -> None:
+    """Where it does not count it has zeros, as torch has them, also behind a mask."""
+    x, weight, bias = leaves()
+    y = batch_norm(x, None, None, weight, bias, True, activation=active, residual=torch.ones_like(x))
+    (first,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+    (second,) = torch.autograd.grad(first.square().sum(), bias)
+    assert (second == 0).all() == (active == "relu")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from functools import partial
 
 import pytest
 import torch
@@ -262,3 +263,17 @@ def test_saturated(dtypes: Dtypes, active: Active | None, device: str) -> None:
     problem.bias.copy_(torch.tensor([-200.0, -40.0, -12.0, 0.0, 12.0]))
     check_all(problem)
     assert all(bool(t.grad.isfinite().all()) for t in (problem.x, problem.weight, problem.bias))
+
+
+@pytest.mark.parametrize("activation", ["leaky_relu", "elu"])
+def test_a_parameter_that_float32_rounds_to_zero(activation: str, device: str) -> None:
+    for dtype in (torch.float32, torch.float64):
+        x = torch.randn(6, 2, device=device, dtype=dtype, requires_grad=True)
+        given = x * 1
+        call = partial(batch_norm, given, None, None, training=True, activation=activation, inplace=True)
+        if dtype == torch.float64:
+            assert torch.autograd.grad(call(activation_param=1e-46).sum(), x)[0].isfinite().all()
+        else:
+            with pytest.raises(ValueError, match="with a positive parameter"):
+                call(activation_param=1e-46)
+            assert torch.equal(given, x)

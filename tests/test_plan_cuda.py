@@ -184,3 +184,21 @@ def test_what_no_device_has_is_refused() -> None:
         bnext.plan((3, 4), threads=2, device=bnext.CudaDevice(1, 1e12, 0))
     with pytest.raises(ValueError, match="expected device cpu, cuda or a CudaDevice"):
         bnext.plan((3, 4), device="meta")
+
+
+@pytest.mark.parametrize("cluster", [1, 8])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_one_multiprocessor_is_left(layout: str, cluster: int) -> None:
+    """Few slabs that take long share multiprocessors only where there are some."""
+    device = bnext.CudaDevice(
+        108,
+        1.5e12,
+        l2=40 << 20,
+        shared_memory=163 << 10,
+        multiprocessor_memory=164 << 10,
+        cluster_blocks=cluster,
+        spare_multiprocessors=107,
+    )
+    for channels in (1, 2, 8, 300):
+        plan = bnext.plan((8, channels, 64, 64), layout=layout, device=device)
+        assert plan.reduce_blocks > 0 and plan.waiting_blocks <= 2

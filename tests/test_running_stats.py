@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 import bnext
 import notebook
+from bnext.functional import batch_norm
 from cases import (
     BFLOAT16_WITH_FLOAT32,
     DTYPES,
@@ -197,6 +198,18 @@ def test_moved_in_every_grad_mode(grad_mode: type, device: str) -> None:
         layer(x)
     assert_same_state(layer, state(expected))
     assert not layer.running_mean.requires_grad
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_those_that_require_grad(training: bool, device: str) -> None:
+    """An error only where gradients are recorded, as torch has it."""
+    x = batches(1, device)[0]
+    mean, var = torch.zeros(3, device=device, requires_grad=True), torch.ones(3, device=device)
+    with pytest.raises(RuntimeError, match="running_mean is not differentiable"):
+        batch_norm(x, mean, var, training=training)
+    with torch.no_grad():
+        batch_norm(x, mean, var, training=training)
+    assert bool(mean.any()) == training
 
 
 @pytest.mark.parametrize("training", [True, False])
