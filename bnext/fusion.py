@@ -32,7 +32,7 @@ _Inputs = dict[str, tuple[Any, ...]]  # of the modules with batch norms, by name
 def fuse(module: Network, *example_inputs: Any) -> Network:
     """A network in which each batch norm computes the addition and the activation that follow it as well.
 
-    ``relu(bn(x))`` and ``relu(bn(x) + identity)``, however they are written (modules, functions, methods, in place),
+    ``relu(bn(x))`` and ``relu(bn(x) + identity)`` in the usual spellings (modules, functions, methods, in place),
     become one pass each; the other batch norms become ours as by :func:`bnext.convert`. What is not certain to be the
     same stays: a batch norm whose output something else reads too, that is called twice or has hooks; an addition of
     another size or dtype; one across a write to memory.
@@ -42,10 +42,12 @@ def fuse(module: Network, *example_inputs: Any) -> Network:
     so is what its modules compute where somebody calls them by themselves. What torch.fx can trace has the forward of
     the traced graph, and what Python decided while it was traced is decided for good: attributes that forward asks for,
     and the number of dimensions. It calls layers, not the modules between it and them, nor activations that are drawn
-    in: hooks put on those afterwards do not run, and what is put in their place or appended is not called. Where a
-    module cannot be traced, does something else in training than in eval, has arguments with defaults, draws random
-    numbers, leaves something in an attribute, or does anything else that a graph does not keep, its own forward stays
-    and the modules in it are fused one by one.
+    in: hooks put on those afterwards do not run, and what is put in their place or appended is not called. Hooks put
+    afterwards on a batch norm see its call with the residual and the activation, and what replaces it has to know
+    those. So shard, wrap or hook blocks first and fuse what is in them. Where a module cannot be traced, does something
+    else in training than in eval, has arguments with defaults, draws random numbers or leaves something in an
+    attribute, its own forward stays and the modules in it are fused one by one. What forward does to globals or to
+    attributes of classes is not seen, and not kept.
 
     Every graph is tried before it is taken: copies of the module and of the fused one compute a training and an eval
     step of the example, in float64 where forward works in it, and have to agree in outputs, gradients and buffers.
