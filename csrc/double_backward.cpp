@@ -95,8 +95,11 @@ BackwardInputs double_backward(const Cotangents& to, const BackwardInputs& given
       torch::autograd::grad({dz}, sources, {to_dz}, /*retain_graph=*/true,
                             /*create_graph=*/at::GradMode::is_enabled(), /*allow_unused=*/true);
   result.dy = through[0].defined() ? through[0].to(dy.scalar_type()) : at::Tensor();
-  if (!z.defined() && bias.defined()) result.bias = at::zeros_like(bias);
-  if (through.size() < 2 || !through[1].defined()) return result;
+  if (!z.defined()) {
+    if (bias.defined()) result.bias = at::zeros_like(bias);
+    return result;
+  }
+  if (!through[1].defined()) return result;
   if (residual.defined()) result.residual = through[1].to(residual.scalar_type());
   const OptionalTensor w = weight.defined() ? OptionalTensor(weight) : std::nullopt;
   const auto [more_x, more_weight, to_bias, none] = backward_operator().call(

@@ -200,7 +200,7 @@ struct BatchNormNode : torch::autograd::Node {
       if (tells_its_format(dy)) {
         input = gradient = dy.contiguous(*format_of_x);
       } else {
-        input = at::zeros_symint(dy.sym_sizes(), dy.options()).contiguous(*format_of_x);
+        input = at::empty_symint(dy.sym_sizes(), dy.options(), *format_of_x).zero_();
       }
     }
     OptionalTensor w = weight.unpack(kept, kKeptWeight, next_edge(2));

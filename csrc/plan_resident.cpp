@@ -57,8 +57,9 @@ void cut(Tiling& t, int64_t chunks) {
 
 // What a slab is to its blocks.
 struct Room {
-  int64_t blocks = 0;  // that the device holds at once
-  int64_t chunks = 0;  // blocks that a slab takes at least; 0: none holds a vector of every thread
+  int64_t multiprocessors = 1;  // but for those that are spared
+  int64_t blocks = 0;           // that the device holds at once
+  int64_t chunks = 0;           // blocks that a slab takes at least; 0: none holds a vector of every thread
 };
 
 // Blocks on a multiprocessor at most. Two to each would be spread over all, also over those that are spared.
@@ -75,14 +76,14 @@ Room find_room(const Tiling& t, const Device& device, int lanes, int64_t inputs)
   const int64_t overhead = ResidentMemory(t, lanes, inputs, 0).bytes + kVectorBytes;
   const int64_t vector_bytes =  // of every thread one, and a barrier
       inputs * t.threads * kVectorBytes + int64_t{sizeof(uint64_t)};
-  const int64_t multiprocessors = std::max(1, device.multiprocessors - device.spare_multiprocessors);
   Room room;
+  room.multiprocessors = std::max(1, device.multiprocessors - device.spare_multiprocessors);
   for (int together = most_blocks(device); together > 0; --together) {
     const int64_t memory = std::min(device.shared_memory - kStaticMemory,
                                     device.multiprocessor_memory / together - kBlockReserve);
     const int64_t depth = (memory - overhead) / vector_bytes;
     if (memory < overhead || depth < 1) continue;
-    room.blocks = multiprocessors * together;
+    room.blocks = room.multiprocessors * together;
     room.chunks = ceil_div(t.positions(), depth * stride(t));
     if (room.chunks <= room.blocks) break;
   }
@@ -95,10 +96,8 @@ void share(Plan& plan, Tiling& t, const Room& room, const Device& device, int64_
   const int64_t slab_bytes =
       t.positions() * (t.traversal == Traversal::planes ? 1 : t.vectors) * inputs * kVectorBytes;
   int64_t chunks = room.chunks;
-  const int64_t multiprocessors =
-      std::min<int64_t>(device.multiprocessors - device.spare_multiprocessors, room.blocks);
   // Few slabs leave multiprocessors over: they share those that take a block alone too long.
-  if (chunks == 1 && slab_bytes > kAloneBytes && t.groups * 2 <= multiprocessors) chunks = 2;
+  if (chunks == 1 && slab_bytes > kAloneBytes && t.groups * 2 <= room.multiprocessors) chunks = 2;
   if (chunks == 1) return cut(t, 1);
   const int64_t most =
       std::min(ceil_div(slab_bytes, kAloneBytes / 2), ceil_div(t.positions(), kLeastRows * stride(t)));
