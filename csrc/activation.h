@@ -163,11 +163,11 @@ BNEXT_HOST_DEVICE V activation_grad(Activation kind, A param, const V& dy, const
       return activation_passes<A>(kind, z) ? dy : blocked_grad(kind, param, dy);
     case Activation::silu: {
       const V s = logistic<Elementary, A>(z);
-      return dy * (s * (A(1) + z * (A(1) - s)));
+      return dy * (s * multiply_add<V>(z, A(1) - s, V{} + A(1)));
     }
     case Activation::gelu: {
       const V density = Elementary::exp(z * z * A(-0.5)) * A(0.39894228040143267794);  // 1/sqrt(2 pi)
-      return dy * (normal_cdf<Elementary, A>(z) + z * density);
+      return dy * multiply_add<V>(z, density, normal_cdf<Elementary, A>(z));
     }
     case Activation::elu:
       return z <= V{} ? dy * param * Elementary::exp(z) : dy;
@@ -181,7 +181,7 @@ BNEXT_HOST_DEVICE V activation_grad(Activation kind, A param, const V& dy, const
     }
     case Activation::tanh: {
       const V t = Elementary::tanh(z);
-      return dy * (A(1) - t * t);
+      return dy * multiply_add<V>(-t, t, V{} + A(1));
     }
     default:
       return dy;

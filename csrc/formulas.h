@@ -116,7 +116,7 @@ BNEXT_HOST_DEVICE NormalizeCoefficients<A> normalize_coefficients(double mean, d
 
 template <class V>
 BNEXT_HOST_DEVICE V normalize(const V& x, const V& center, const V& scale, const V& offset) {
-  return (x - center) * scale + offset;
+  return multiply_add<V>(x - center, scale, offset);
 }
 
 struct ParameterGrads {
@@ -154,7 +154,7 @@ BNEXT_HOST_DEVICE InputGradCoefficients<A> input_grad_coefficients(const Sums& s
 template <class V>
 BNEXT_HOST_DEVICE V input_grad(const V& dz, const V& x, const V& scale, const V& center, const V& slope,
                                const V& offset) {
-  return dz * scale + ((x - center) * slope + offset);
+  return multiply_add<V>(dz, scale, multiply_add<V>(x - center, slope, offset));
 }
 
 template <class V>

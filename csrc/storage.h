@@ -5,8 +5,10 @@
 // normal-number arithmetic only, hence give the same result under flush-to-zero.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #if defined(__CUDACC__)
 #define BNEXT_HOST_DEVICE __host__ __device__ __forceinline__
@@ -40,6 +42,17 @@ struct OpMath<double> {
 };
 template <class T>
 using opmath_t = typename OpMath<T>::type;
+
+// a * b + c. Of scalars, which kernels for a GPU compute with, rounded once; of vectors as the instruction
+// set has it.
+template <class V>
+BNEXT_HOST_DEVICE V multiply_add(const V& a, const V& b, const V& c) {
+  if constexpr (std::is_floating_point_v<V>) {
+    return std::fma(a, b, c);
+  } else {
+    return a * b + c;
+  }
+}
 
 // Elements that are added up in the arithmetic type before their sum is added to a double: what float loses
 // over so few is below the rounding of one element, and over many batches it averages out.

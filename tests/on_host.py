@@ -48,7 +48,8 @@ def compiler() -> list[str]:
 
 
 def _compile(variant: str) -> list[str]:
-    return [*compiler(), "-std=c++20", "-Wall", "-Wextra", "-Wno-unknown-pragmas", *VARIANTS[variant]]
+    flags = ["-std=c++20", "-ffp-contract=off", "-Wall", "-Wextra", "-Wno-unknown-pragmas"]
+    return [*compiler(), *flags, *VARIANTS[variant]]
 
 
 @contextlib.contextmanager

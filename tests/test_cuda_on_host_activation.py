@@ -12,6 +12,7 @@ import host_engine
 from cases import (
     ACTIVE,
     BFLOAT16,
+    BFLOAT16_WITH_FLOAT32,
     DTYPES,
     EVAL,
     FLOAT32,
@@ -127,6 +128,25 @@ def test_what_is_not_finite(active: Active) -> None:
             dirty.x, dirty.running_mean, dirty.running_var, dirty.weight, dirty.bias
         )
         torch.testing.assert_close(got.y[changed], active.of(z)[changed], rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("engine", ["streaming", "resident"])
+@every_active
+def test_lanes_without_an_element_add_nothing(active: Active, engine: str) -> None:
+    """Not even where a zero for x would be so far from the mean that its z, and so the slope, is not finite."""
+    calls = []
+    for dtypes, value in ((BFLOAT16_WITH_FLOAT32, 3e38), (FLOAT32, 1e37)):
+        for shape, name in SMALL:
+            problem = make_active(active, shape, LAYOUT[name], dtypes, TRAIN)
+            problem.running_mean = problem.running_var = None
+            problem.x = LAYOUT[name].arrange(torch.full(shape, value, dtype=dtypes.input))
+            problem.weight = problem.weight * 2 + 6 * problem.weight.sign()
+            problem.__post_init__()
+            calls.append(HostCall(problem, Schedule(engine=engine)))
+    for call, result in zip(calls, host_engine.run(calls), strict=True):
+        for name in ("y", "dx", "dweight", "dbias"):
+            assert getattr(result, name).isfinite().all(), (call.problem, name)
+        check(call, result)
 
 
 @pytest.mark.parametrize("variant", ["address", "thread"])

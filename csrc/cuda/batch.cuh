@@ -32,7 +32,8 @@ template <class Operation, int kCount>
 struct Elements {
   typename Operation::Math values[Operation::kInputs][kCount];
   bool passes[kCount];  // what the mask says
-  int count;            // of those that the tensors have
+  bool there[kCount];   // whether the tensors have it
+  int count;            // of those that they have
 
   template <class Batch>
   BNEXT_DEVICE void take(int k, const Batch& batch, int vector, int lane) {
@@ -41,6 +42,7 @@ struct Elements {
       values[i][k] = element<typename Operation::Storage>(batch.input[i][vector], lane);
     }
     passes[k] = (batch.bits[vector] >> lane & 1) != 0;
+    there[k] = (batch.there[vector] >> lane & 1) != 0;
   }
 };
 

@@ -95,10 +95,14 @@ struct GradSumsReducer : BackwardTensors<T, kSlope, kStatistics> {
     gradient().find(elements, [&](int) { return center; });
     Math(&dz)[kCount] = elements.values[0];
     Math(&x)[kCount] = elements.values[1];
-    Math terms[kCount];
+    Math d[kCount];
     BNEXT_UNROLL
-    for (int k = 0; k < kCount; ++k) terms[k] = dz[k] * (x[k] - center.center);
-    sums += {double{sum_of<kCount>(dz)}, double{sum_of<kCount>(terms)}};
+    for (int k = 0; k < kCount; ++k) {
+      // The z of zeros may have an infinite slope.
+      if constexpr (kFound) dz[k] = elements.there[k] ? dz[k] : Math{};
+      d[k] = x[k] - center.center;
+    }
+    sums += {double{sum_of<kCount>(dz)}, double{sum_of_products<kCount>(dz, d)}};
     if constexpr (kMayWrite) {
       BNEXT_UNROLL
       for (int k = 0; k < kCount; ++k) {

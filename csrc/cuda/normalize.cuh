@@ -77,8 +77,8 @@ struct MomentsReducer {
     for (int k = 0; k < kCount; ++k) d[k] = x[k] - origin;
     const Math sum = sum_of<kCount>(d), mean = sum * (Math{1} / kCount);
     BNEXT_UNROLL
-    for (int k = 0; k < kCount; ++k) d[k] = (d[k] - mean) * (d[k] - mean);
-    const double first = sum, second = sum_of<kCount>(d) + first * (first * (1.0 / kCount));
+    for (int k = 0; k < kCount; ++k) d[k] -= mean;
+    const double first = sum, second = sum_of_products<kCount>(d, d) + first * (first * (1.0 / kCount));
     const double shift = static_cast<double>(origin) - static_cast<double>(center),
                  moved = elements.count * shift;
     sums += {first + moved, second + shift * (2 * first + moved)};

@@ -20,6 +20,20 @@ BNEXT_DEVICE A sum_of(const A (&values)[kCount]) {
   return half[0];
 }
 
+// Of products, pairwise too: each of the first half is added as it is formed.
+template <int kCount, class A>
+BNEXT_DEVICE A sum_of_products(const A (&a)[kCount], const A (&b)[kCount]) {
+  if constexpr (kCount == 1) {
+    return a[0] * b[0];
+  } else {
+    constexpr int kHalf = kCount / 2;
+    A half[kHalf];
+    BNEXT_UNROLL
+    for (int k = 0; k < kHalf; ++k) half[k] = multiply_add<A>(a[k], b[k], a[k + kHalf] * b[k + kHalf]);
+    return sum_of<kHalf>(half);
+  }
+}
+
 // One after another, but in turn, so that additions do not wait for each other.
 class InTurn {
  public:
