@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["captured_modules", "contents", "same"]
+__all__ = ["HOOKS", "captured_modules", "contents", "has_hooks", "same"]
+
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 _Contents = tuple[list[object], list[object]]
 _MOST = 100_000  # objects that are looked at: an attribute may lead anywhere
@@ -26,12 +28,23 @@ _NOT_WALKED = (
 )
 
 
+def has_hooks(module: nn.Module) -> bool:
+    """Whether something else happens when it is called."""
+    return any(getattr(module, kind) for kind in HOOKS)
+
+
 def contents(module: nn.Module) -> _Contents:
-    """Every object that is reached through attributes and containers, and the states of generators among them."""
+    """Every object that is reached through attributes and containers, and the states of generators among them.
+
+    Of the modules, and of their classes but for torch's.
+    """
     objects: list[object] = []
     states: list[object] = []
     seen: set[int] = set()
     waiting: list[object] = [vars(part) for part in module.modules()]
+    waiting += [
+        dict(vars(cls)) for part in module.modules() for cls in type(part).__mro__ if not _is_torchs(cls)
+    ]
     while waiting and len(objects) < _MOST:
         value = waiting.pop()
         if id(value) in seen:
@@ -64,6 +77,10 @@ def captured_modules(module: nn.Module) -> list[str]:
         if isinstance(value, types.FunctionType)
         and any(id(_content_of(cell)) in own for cell in value.__closure__ or ())
     ]
+
+
+def _is_torchs(cls: type) -> bool:
+    return cls.__module__.split(".")[0] in ("builtins", "torch", "typing", __name__.split(".")[0])
 
 
 def _content_of(cell: types.CellType) -> object:

@@ -7,6 +7,7 @@ from typing import TypeVar
 from torch import Tensor, nn
 from torch import distributed as dist
 
+from .attributes import has_hooks
 from .fused_forward import FusedForward
 from .modules import (
     OUR_ATTRIBUTES,
@@ -18,7 +19,6 @@ from .modules import (
     require_module,
 )
 from .torch_activations import to_module
-from .tracing import has_hooks
 
 __all__ = ["OURS", "NormActivation", "convert", "restore", "synchronize"]
 

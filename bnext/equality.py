@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import inspect
+import types
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils._pytree import tree_flatten, tree_map_only
+from torch.utils._pytree import keystr, tree_flatten_with_path, tree_map_only
 
 from . import randomness
 from .fused_forward import FusedForward
@@ -21,6 +23,7 @@ __all__ = ["Behaviour"]
 # rounding. The dtypes of the module, where its forward insists on them: the same of 1e-7.
 _CLOSE = {True: (1e-5, 1e-8), False: (5e-2, 1e-3)}
 _PLAIN = (bool, int, float, str)
+_CLOSED = (*_PLAIN, Tensor, nn.Module, type, types.FunctionType, types.MethodType, types.ModuleType)
 
 
 class Behaviour:
@@ -72,7 +75,11 @@ class Behaviour:
 
     def _same(self, a: Any, b: Any, largest: float) -> bool:
         if not isinstance(a, Tensor) or not isinstance(b, Tensor):
-            return type(a) is type(b) and bool(a == b)
+            if a is b or type(a) is not type(b):
+                return a is b
+            if inspect.getattr_static(type(a), "__eq__") is inspect.getattr_static(object, "__eq__"):
+                raise TypeError(f"a {type(a).__name__} is equal to nothing but itself")
+            return bool(a == b)
         if a.shape != b.shape or a.dtype != b.dtype:
             return False
         if not _inexact(a):
@@ -116,18 +123,15 @@ class Behaviour:
             leaves.append(self._input(x))
             return leaves[-1] * 1  # a leaf may not be written over
 
-        outputs, structure = tree_flatten(work(*tree_map_only(Tensor, own, self.inputs)))
-        yield "structure of output", str(structure)
         terms = []
-        for i, y in enumerate(outputs):
-            yield f"output of {i}", y.detach().clone() if isinstance(y, Tensor) else y
-            yield f"mode of output {i}", isinstance(y, Tensor) and y.requires_grad
-            if (
-                isinstance(y, Tensor)
-                and y.is_floating_point()
-                and y.requires_grad
-                and torch.is_grad_enabled()
-            ):
+        for name, y in _opened(work(*tree_map_only(Tensor, own, self.inputs))):
+            if not isinstance(y, Tensor):
+                yield f"output of {name}", y
+                continue
+            yield f"mode of output {name}", (y.requires_grad, y.layout)
+            y = y if y.layout == torch.strided else y.to_dense()
+            yield f"output of {name}", y.detach().clone()
+            if y.is_floating_point() and y.requires_grad and torch.is_grad_enabled():
                 weights = torch.linspace(-1, 2, y.numel(), dtype=y.dtype, device=y.device)
                 terms.append((y * weights.view_as(y)).sum())
         if terms:
@@ -146,6 +150,27 @@ class Behaviour:
                     yield f"attribute of {name}.{key}", value
                 elif isinstance(value, Tensor) and _can_be_compared(value):
                     yield f"attribute of {name}.{key}", value.detach().clone()
+
+
+def _opened(value: Any, place: str = "0", around: tuple[object, ...] = ()) -> Iterator[tuple[str, Any]]:
+    """What containers and objects hold, by where; of each also what it is. Modules are parts of their own."""
+    leaves, structure = tree_flatten_with_path(value)
+    if not structure.is_leaf():
+        yield f"{place}, its structure", str(structure)
+    for path, leaf in leaves:
+        where = f"{place}{keystr(path)}"
+        attributes = getattr(leaf, "__dict__", None)
+        if (
+            isinstance(leaf, _CLOSED)
+            or not isinstance(attributes, dict)
+            or any(leaf is one for one in around)
+        ):
+            if not isinstance(leaf, nn.Module):
+                yield where, leaf
+            continue
+        yield f"{where}, its class", type(leaf)
+        for name, attribute in attributes.items():
+            yield from _opened(attribute, f"{where}.{name}", (*around, leaf))
 
 
 def _can_be_compared(x: Tensor) -> bool:

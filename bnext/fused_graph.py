@@ -8,15 +8,14 @@ from collections.abc import Iterator
 from typing import Any, cast
 
 import torch
-from torch import fx, nn
-from torch.fx.passes.shape_prop import TensorMetadata
+from torch import Tensor, fx, nn
 
+from .attributes import has_hooks
 from .conversion import OURS
 from .modules import FusedBatchNorm
 from .torch_activations import Activation, of_call, of_module
-from .tracing import has_hooks
 
-__all__ = ["fuse_graph"]
+__all__ = ["Sizes", "fuse_graph"]
 
 _ADDITIONS: dict[str, tuple[Any, ...]] = {
     "call_function": (operator.add, operator.iadd, torch.add),
@@ -24,11 +23,25 @@ _ADDITIONS: dict[str, tuple[Any, ...]] = {
 }
 
 
+class Sizes(fx.Interpreter):
+    """Runs a graph, and notes at each node the size and the dtype of the tensor that it gives."""
+
+    def run_node(self, n: fx.Node) -> Any:
+        """As torch has it."""
+        result = super().run_node(n)
+        if isinstance(result, Tensor):
+            n.meta[_NOTE] = (result.shape, result.dtype)
+        return result
+
+
+_NOTE = "bnext_size"
+
+
 def fuse_graph(graph: fx.Graph, module: nn.Module) -> bool:
     """Draws into the calls of a module's batch norms, ours already, what follows them; whether there was something.
 
-    Nodes carry the sizes that :class:`torch.fx.passes.shape_prop.ShapeProp` notes. The layers stay what they are: who
-    calls them otherwise has them as ever.
+    Nodes carry the sizes that :class:`Sizes` notes. The layers stay what they are: who calls them otherwise has them as
+    ever.
     """
     norms = [(node, norm) for node in graph.nodes if (norm := _norm(module, node)) is not None]
     order = {node: place for place, node in enumerate(graph.nodes)}
@@ -55,10 +68,7 @@ def _draw_in(module: nn.Module, node: fx.Node, layer: FusedBatchNorm, order: dic
     drawn[-1].replace_all_uses_with(node)
     for erased in reversed(drawn):
         node.graph.erase_node(erased)
-    if residual is not None:
-        node.args = (*node.args, residual)
-    if found is not None:
-        node.kwargs = {"activation": tuple(found)}
+    node.kwargs = {"drawn_in": (residual, *(found or (None, None)))}
     return True
 
 
@@ -81,9 +91,11 @@ def _residual(module: nn.Module, node: fx.Node, order: dict[fx.Node, int]) -> tu
     if not chain or chain[-1].target not in _ADDITIONS.get(chain[-1].op, ()):
         return None, []
     reader, value = chain[-1], ([node, *chain])[-2]
-    if reader.kwargs or len(reader.args) != 2:
+    keywords = dict(reader.kwargs)
+    named = [keywords.pop(name) for name in ("input", "other") if name in keywords]
+    if keywords.pop("alpha", 1) != 1 or keywords or len(named) + len(reader.args) != 2:
         return None, []
-    left, right = reader.args
+    left, right = tuple(reader.args) + tuple(named)
     other = right if left is value else left
     is_left = left is other
     handed_on = []
@@ -130,8 +142,7 @@ def _is_nothing(module: nn.Module, node: fx.Node) -> bool:
 
 
 def _size(node: fx.Node) -> tuple[torch.Size, torch.dtype] | None:
-    noted = node.meta.get("tensor_meta")
-    return (noted.shape, noted.dtype) if isinstance(noted, TensorMetadata) else None
+    return node.meta.get(_NOTE)
 
 
 def _only_reader(node: fx.Node) -> _Chain:

@@ -10,18 +10,17 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
-from torch.fx.passes.shape_prop import ShapeProp
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from . import randomness
-from .attributes import captured_modules
+from .attributes import HOOKS, captured_modules
 from .conversion import OURS, convert_classes
 from .equality import Behaviour
 from .fused_forward import FusedForward, set_forward
-from .fused_graph import fuse_graph
+from .fused_graph import Sizes, fuse_graph
 from .holding import are_held
 from .modules import require_module
-from .tracing import HOOKS, has_norm, trace
+from .tracing import has_norm, trace
 
 __all__ = ["fuse"]
 
@@ -42,12 +41,12 @@ def fuse(module: Network, *example_inputs: Any) -> Network:
     so is what its modules compute where somebody calls them by themselves. What torch.fx can trace has the forward of
     the traced graph, and what Python decided while it was traced is decided for good: attributes that forward asks for,
     and the number of dimensions. It calls layers, not the modules between it and them, nor activations that are drawn
-    in: hooks put on those afterwards do not run, and what is put in their place or appended is not called. Hooks put
-    afterwards on a batch norm see its call with the residual and the activation, and what replaces it has to know
-    those. So shard, wrap or hook blocks first and fuse what is in them. Where a module cannot be traced, does something
-    else in training than in eval, has arguments with defaults, draws random numbers or leaves something in an
-    attribute, its own forward stays and the modules in it are fused one by one. What forward does to globals or to
-    attributes of classes is not seen, and not kept.
+    in: hooks put on those afterwards do not run, and what is put in their place or appended is not called. So shard,
+    wrap or hook blocks first and fuse what is in them. Hooks put afterwards on a batch norm see what they would have
+    seen, at the price of its fusion; what replaces it is called with a keyword drawn_in. Where a module cannot be
+    traced, does something else in training than in eval, has arguments with defaults, draws random numbers or leaves
+    something in an attribute, its own forward stays and the modules in it are fused one by one. What forward does to
+    globals is seen only where a tensor stays in one.
 
     Every graph is tried before it is taken: copies of the module and of the fused one compute a training and an eval
     step of the example, in float64 where forward works in it, and have to agree in outputs, gradients and buffers.
@@ -64,27 +63,11 @@ def fuse(module: Network, *example_inputs: Any) -> Network:
     Raises:
         TypeError: it is no module.
         ValueError: forward does not work with the example, or not with fused modules in it; the example is all zeros or
-            the like; something is hooked into all modules, a module was given another forward, copies of it lack
-            something, or an attribute is a function that holds one; within :func:`bnext.hold_statistics`, which torch's
-            layers do not know.
+            the like, or on the meta device; something is hooked into all modules, a module was given another forward or
+            is one of torch.jit, copies of it lack something, or an attribute is a function that holds one; within
+            :func:`bnext.hold_statistics`, which torch's layers do not know.
     """
-    require_module(module)
-    if are_held():
-        raise ValueError(
-            "expected no bnext.hold_statistics around, under which torch's layers and ours differ"
-        )
-    if any(vars(nn.modules.module)[kind] for kind in _GLOBAL_HOOKS):
-        raise ValueError("expected no global module hooks, which see the calls that are fused")
-    for name, part in module.named_modules():
-        if "forward" in vars(part):  # it may well be bound to this one, and a copy would run it
-            raise ValueError(
-                f"expected modules with the forward of their class, but '{name}' was given another one"
-            )
-    if captured := captured_modules(module):
-        raise ValueError(
-            f"expected functions in attributes that hold no modules, which a copy would not have as its own, but "
-            f"'{captured[0]}' does"
-        )
+    _require_fusible(module, example_inputs)
     with _explained(module):
         behaviour, fused = Behaviour(module, example_inputs), _sharing(module)
     if behaviour.has_nan or (example_inputs and all(map(_constant, example_inputs))):
@@ -108,6 +91,39 @@ def fuse(module: Network, *example_inputs: Any) -> Network:
             "fuse those of its blocks that do"
         )
     return fused
+
+
+def _require_fusible(module: nn.Module, example_inputs: tuple[Any, ...]) -> None:
+    """Raises as fuse does, before anything is computed."""
+    require_module(module)
+    if are_held():
+        raise ValueError(
+            "expected no bnext.hold_statistics around, under which torch's layers and ours differ"
+        )
+    if any(vars(nn.modules.module)[kind] for kind in _GLOBAL_HOOKS):
+        raise ValueError("expected no global module hooks, which see the calls that are fused")
+    if any(
+        x.is_meta
+        for x in chain(module.parameters(), module.buffers(), tree_leaves(example_inputs))
+        if isinstance(x, Tensor)
+    ):
+        raise ValueError(
+            "expected a module and example_inputs with values, but tensors are on the meta device"
+        )
+    for name, part in module.named_modules():
+        if isinstance(part, torch.jit.ScriptModule):
+            raise ValueError(
+                f"expected modules of Python, but '{name}' is a {type(part).__name__} of torch.jit"
+            )
+        if "forward" in vars(part):  # it may well be bound to this one, and a copy would run it
+            raise ValueError(
+                f"expected modules with the forward of their class, but '{name}' was given another one"
+            )
+    if captured := captured_modules(module):
+        raise ValueError(
+            f"expected functions in attributes that hold no modules, which a copy would not have as its own, but "
+            f"'{captured[0]}' does"
+        )
 
 
 _GLOBAL_HOOKS = [
@@ -157,7 +173,7 @@ def _fuse_whole(module: nn.Module, behaviour: Behaviour) -> bool:
     try:
         sized = fx.GraphModule(copy.deepcopy(module).eval(), graph)
         with torch.no_grad():
-            ShapeProp(sized).propagate(*map(torch.clone, inputs))
+            Sizes(sized).run(*map(torch.clone, inputs))
         trial = convert_classes(_sharing(module), OURS)
         found = fuse_graph(graph, trial)
         if found:

@@ -8,10 +8,12 @@ import torch
 from torch import Tensor, fx, nn
 from torch import distributed as dist
 
+from .attributes import has_hooks
 from .functional import batch_norm, check_activation
 from .holding import are_held
 from .sync import Running
 from .sync import batch_norm as sync_batch_norm
+from .torch_activations import to_module
 
 if TYPE_CHECKING:
     from typing_extensions import Self  # typing's from Python 3.11 on
@@ -29,7 +31,8 @@ def require_module(module: object) -> None:
         raise TypeError(f"expected a torch.nn.Module, but got {type(module).__name__}")
 
 
-_Activation = tuple[str, float | None]  # its name and parameter
+# What follows the normalization in a call: residual, activation, activation_param.
+_DrawnIn = tuple[Tensor | None, str | None, float | None]
 # weight, bias, running_mean, running_var, num_batches_tracked
 _State = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
@@ -42,6 +45,9 @@ OUR_ATTRIBUTES: dict[str, Any] = {  # that torch's layers lack, as they are unle
     "skip_nonfinite": False,
     "frozen": False,
 }
+
+
+_call = nn.Module._call_impl  # a super() takes a hundredth of a small call
 
 
 class FusedBatchNorm(nn.modules.batchnorm._BatchNorm):
@@ -108,17 +114,15 @@ class FusedBatchNorm(nn.modules.batchnorm._BatchNorm):
         return line
 
     def forward(
-        self, input: Tensor, residual: Tensor | None = None, *, activation: _Activation | None = None
+        self, input: Tensor, residual: Tensor | None = None, *, drawn_in: _DrawnIn | None = None
     ) -> Tensor:
         """Normalises input (N, C, ...), and adds residual of the same size, dtype and device before the activation.
 
-        That of this call, with its parameter, stands in the place of the layer's: what :func:`bnext.fuse` draws in.
         Returns (N, C, ...) of the input's dtype, with ``inplace`` the input itself. See
-        :func:`bnext.functional.batch_norm`, also for the errors.
+        :func:`bnext.functional.batch_norm`, also for the errors. drawn_in is what :func:`bnext.fuse` gives: residual,
+        activation and activation_param of this call, in the place of residual and of the layer's own.
         """
-        name, parameter = self.activation, self.activation_param
-        if activation is not None:
-            name, parameter = self._activation_of(activation)
+        residual, name, parameter = self._follows(residual, drawn_in)
         training = self.training
         tracking = training and self.track_running_stats
         weight, bias, running_mean, running_var, counter = self._tensors()
@@ -141,12 +145,24 @@ class FusedBatchNorm(nn.modules.batchnorm._BatchNorm):
             _ndims=self._ndims,
         )
 
-    def _activation_of(self, call: _Activation) -> tuple[str | None, float | None]:
-        if isinstance(call, fx.Proxy):  # where the layer itself is traced
-            return self.activation, self.activation_param
-        if not isinstance(call, tuple) or len(call) != 2:
-            raise TypeError(f"expected the activation of a call as (name, parameter), but got {call!r}")
-        return call
+    def _follows(self, residual: Tensor | None, drawn_in: _DrawnIn | None) -> _DrawnIn:
+        if drawn_in is None or isinstance(drawn_in, fx.Proxy):  # a proxy: the layer itself is traced
+            return residual, self.activation, self.activation_param
+        if not isinstance(drawn_in, tuple) or len(drawn_in) != 3:
+            raise TypeError(
+                f"expected drawn_in (residual, activation, activation_param), but got {drawn_in!r}"
+            )
+        return drawn_in
+
+    def _call_impl(self, *args: Any, **kwargs: Any) -> Any:
+        """What torch calls a module by. Hooks see the layer by itself; what was drawn in follows them."""
+        if not kwargs or kwargs.get("drawn_in") is None or not has_hooks(self):
+            return _call(self, *args, **kwargs)
+        residual, activation, parameter = self._follows(None, kwargs.pop("drawn_in"))
+        y = _call(self, *args, **kwargs)
+        if residual is not None:
+            y = y + residual
+        return y if activation is None else to_module(activation, parameter)(y)
 
     def _tensors(self) -> _State:
         """Parameters and buffers. Five walks to nn.Module.__getattr__ take longer than to normalise a small batch."""
@@ -231,16 +247,14 @@ class SyncBatchNorm(FusedBatchNorm):
         self.process_group = process_group
 
     def forward(
-        self, input: Tensor, residual: Tensor | None = None, *, activation: _Activation | None = None
+        self, input: Tensor, residual: Tensor | None = None, *, drawn_in: _DrawnIn | None = None
     ) -> Tensor:
         """As :meth:`bnext.BatchNorm1d.forward`, with statistics of all processes; see
         :func:`bnext.sync.batch_norm`, also for the errors."""
         group = self._group()
         if group is None:
-            return super().forward(input, residual, activation=activation)
-        name, parameter = self.activation, self.activation_param
-        if activation is not None:
-            name, parameter = self._activation_of(activation)
+            return super().forward(input, residual, drawn_in=drawn_in)
+        residual, name, parameter = self._follows(residual, drawn_in)
         weight, bias, running_mean, running_var, counter = self._tensors()
         tracking = self.track_running_stats and not are_held()
         tracked = (running_mean, running_var, counter) if tracking else (None, None, None)

@@ -49,10 +49,10 @@ _HARMLESS = {"input", "inplace"}
 
 def of_module(module: nn.Module) -> Activation | None:
     """The activation that this very class computes, None if it is none of ours."""
+    if type(module) in (nn.ReLU6, nn.Hardtanh):
+        return _of_hardtanh(module.min_val, module.max_val)
     name = _BY_MODULE.get(type(module))
     if name is None or getattr(module, "approximate", "none") != "none":
-        return None
-    if isinstance(module, nn.ReLU6) and (module.min_val, module.max_val) != (0, 6):
         return None
     parameter = _TABLE[name].parameter
     return Activation(name, None if parameter is None else float(getattr(module, parameter)))
@@ -62,6 +62,11 @@ def of_call(
     target: Callable[..., Any] | str, arguments: Sequence[Any], keywords: Mapping[str, Any]
 ) -> Activation | None:
     """The activation that a function, or a method if it is named, computes of its first argument."""
+    if target in (F.hardtanh, F.hardtanh_):
+        bounds = {"min_val": -1, "max_val": 1} | dict(
+            zip(("min_val", "max_val"), arguments[1:], strict=False)
+        )
+        return _of_hardtanh(*({key: keywords.get(key, bound) for key, bound in bounds.items()}).values())
     name = _BY_METHOD.get(target) if isinstance(target, str) else _BY_FUNCTION.get(target)
     if name is None:
         return None
@@ -73,6 +78,10 @@ def of_call(
         return None if rest else Activation(name, None)
     value = rest.pop(entry.parameter, arguments[1] if len(arguments) > 1 else entry.default)
     return None if rest or not isinstance(value, int | float) else Activation(name, float(value))
+
+
+def _of_hardtanh(low: Any, high: Any) -> Activation | None:
+    return Activation("relu6", None) if (low, high) == (0, 6) else None
 
 
 def to_module(activation: str, activation_param: float | None) -> nn.Module:

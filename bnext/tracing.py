@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
 import inspect
 import operator
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -12,21 +14,14 @@ import torch
 from torch import fx, nn
 
 from . import randomness
-from .attributes import contents, same
+from .attributes import contents, has_hooks, same
 
-__all__ = ["HOOKS", "has_hooks", "has_norm", "trace"]
-
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+__all__ = ["has_norm", "trace"]
 
 
 def has_norm(module: nn.Module) -> bool:
     """Whether a batch norm of any kind is in it, or it is one."""
     return any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in module.modules())
-
-
-def has_hooks(module: nn.Module) -> bool:
-    """Whether something else happens when it is called."""
-    return any(getattr(module, kind) for kind in HOOKS)
 
 
 def trace(module: nn.Module, inputs: int) -> fx.Graph | None:
@@ -63,7 +58,10 @@ def _traced(
     held, drawn = contents(module), randomness.state()
     autocast = torch.is_autocast_enabled("cpu") is not other_autocast
     with randomness.left_alone(), torch.set_grad_enabled(grad), torch.autocast("cpu", enabled=autocast):
-        graph = tracer().trace(module)
+        recorder = tracer()
+        graph = recorder.trace(module)
+        if recorder.has_left_something():
+            raise ValueError("a tensor that forward leaves somewhere, which a graph does not")
         if randomness.state() != drawn:
             raise ValueError("random numbers, which a graph would have drawn once for all")
     if not same(held, contents(module)):
@@ -129,6 +127,14 @@ class _Tracer(fx.Tracer):
     def __init__(self) -> None:
         super().__init__()
         self._modes = _modes()
+        self._made: list[weakref.ref[fx.Proxy]] = []
+
+    def has_left_something(self) -> bool:
+        """Whether somebody still holds what stood for a tensor: a global, a cache, an attribute of a class."""
+        return self._is_alive() and (gc.collect() >= 0 and self._is_alive())  # a cycle may have held it
+
+    def _is_alive(self) -> bool:
+        return any(made() is not None for made in self._made)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         if isinstance(m, nn.modules.batchnorm._BatchNorm):
@@ -140,7 +146,9 @@ class _Tracer(fx.Tracer):
         return super().is_leaf_module(m, module_qualified_name)
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
-        return _Proxy(node, self)
+        made = _Proxy(node, self)
+        self._made.append(weakref.ref(made))
+        return made
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         if _modes() != self._modes:

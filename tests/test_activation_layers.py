@@ -157,17 +157,19 @@ def test_state_dicts_both_ways(pair: Pair) -> None:
 
 
 @every_kind
-def test_the_activation_of_a_call(active: Active) -> None:
-    """In the place of the layer's."""
+def test_what_is_drawn_into_a_call(active: Active) -> None:
+    """In the place of the layer's activation, and of a residual."""
     bare, x = layer_of(PAIRS["2d"], Active("tanh")), input_of(PAIRS["2d"])
     of_call = (active.activation, active.activation_param)
-    assert torch.equal(bare(x, activation=of_call), layer_of(PAIRS["2d"], active)(x))
+    for residual in (None, x.flip(0)):
+        expected = layer_of(PAIRS["2d"], active)(x, residual)
+        assert torch.equal(bare(x, drawn_in=(residual, *of_call)), expected)
     before = copy.deepcopy(bare.state_dict())
-    for wrong in ("relu", ("relu",), ["relu", None]):
+    for wrong in ("relu", ("relu", None), [None, "relu", None]):
         with pytest.raises(
-            TypeError, match=r"expected the activation of a call as \(name, parameter\), but got"
+            TypeError, match=r"expected drawn_in \(residual, activation, activation_param\), but"
         ):
-            bare(x, activation=wrong)
+            bare(x, drawn_in=wrong)
     assert all(torch.equal(before[name], tensor) for name, tensor in bare.state_dict().items())
 
 

@@ -38,8 +38,8 @@ def counts(network: nn.Module) -> dict[str, int]:
         if node.op == "call_module":
             layer = network.get_submodule(node.target)
             if isinstance(layer, FusedBatchNorm):
-                name, *_ = node.kwargs.get("activation", (layer.activation,))
-                found["norm" + "+add" * (len(node.args) == 2) + f"+{name}" * bool(name)] += 1
+                residual, name, _ = node.kwargs.get("drawn_in", (None, layer.activation, None))
+                found["norm" + "+add" * (residual is not None) + f"+{name}" * bool(name)] += 1
             elif isinstance(layer, nn.ReLU | nn.LeakyReLU | nn.SiLU | nn.Hardswish):
                 found["activation"] += 1
         elif "add" in str(node.target):
@@ -163,6 +163,8 @@ METHODS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "tanh ": torch.tanh,
     "leaky_relu": lambda z: F.leaky_relu(z, negative_slope=0.3),
     "elu": lambda z: F.elu(z, alpha=2),
+    "relu6": lambda z: F.hardtanh(z, 0, 6),
+    "relu6 ": lambda z: F.hardtanh_(z, max_val=6.0, min_val=0.0),
 }
 
 
@@ -171,6 +173,31 @@ def test_methods_and_keywords(name: str) -> None:
     network = Net(lambda net, x: METHODS[name](net.norm(x)), norm=nn.BatchNorm2d(3)).double()
     fused = bnext.fuse(network, images())
     assert counts(fused) == {f"norm+{name.strip()}": 1}
+    torch.testing.assert_close(step(fused, images()), step(network, images()), **CLOSE)
+
+
+@pytest.mark.parametrize("bounds", [(0, 6), (0.0, 6.0), (-1, 1), (0, 5)], ids=str)
+def test_hardtanh_is_relu6_between_0_and_6(bounds: tuple[float, float]) -> None:
+    network = nn.Sequential(nn.BatchNorm2d(3), nn.Hardtanh(*bounds)).double()
+    fused = bnext.fuse(network, images())
+    assert counts(fused) == ({"norm+relu6": 1} if bounds == (0, 6) else {"norm": 1})
+    torch.testing.assert_close(step(fused, images()), step(network, images()), **CLOSE)
+
+
+ADDITIONS: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
+    "function": torch.add,
+    "named": lambda z, x: torch.add(input=z, other=x),
+    "half named": lambda z, x: torch.add(x, other=z),
+    "alpha": lambda z, x: torch.add(z, x, alpha=1),
+    "method": lambda z, x: z.add_(other=x),
+}
+
+
+@pytest.mark.parametrize("name", ADDITIONS)
+def test_additions(name: str) -> None:
+    network = Net(lambda net, x: F.relu(ADDITIONS[name](net.norm(x), x)), norm=nn.BatchNorm2d(3)).double()
+    fused = bnext.fuse(network, images())
+    assert counts(fused) == {"norm+add+relu": 1}
     torch.testing.assert_close(step(fused, images()), step(network, images()), **CLOSE)
 
 

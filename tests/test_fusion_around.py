@@ -6,6 +6,7 @@ import copy
 import io
 import random
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -138,6 +139,44 @@ def test_a_module_is_no_addition_whatever_its_name(name: str) -> None:
     seen.clear()
     torch.testing.assert_close(step(fused, images()), step(plain, images()), **CLOSE)
     assert seen == [name, name]
+
+
+def counted(net: Counted, y: Tensor) -> None:
+    Counted.calls += 1
+
+
+def cached(net: Counted, y: Tensor) -> None:
+    Counted.cache.y = y
+
+
+def kept(net: Counted, y: Tensor) -> None:
+    KEPT["y"] = y
+
+
+class Counted(nn.Module):
+    calls, cache = 0, SimpleNamespace(y=None)
+
+    def __init__(self, leave: Callable[[Counted, Tensor], None]) -> None:
+        super().__init__()
+        self.leave, self.block = leave, block()
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.leave(self, y := F.relu(self.block(x)))
+        return y
+
+
+KEPT: dict[str, Tensor] = {}
+
+
+@pytest.mark.parametrize("leave", [counted, cached, kept])
+def test_what_forward_leaves_elsewhere(leave: Callable[[Counted, Tensor], None]) -> None:
+    """In its class, in what is there, or a tensor in a global: it stays the forward that does so."""
+    fused = bnext.fuse(Counted(leave).double(), images())
+    assert type(fused) is Counted and counts(fused.block) == {"norm+sigmoid": 1}
+    Counted.calls, Counted.cache.y = 0, None
+    KEPT.clear()
+    y = fused(images())
+    assert Counted.calls == 1 or Counted.cache.y is y or KEPT["y"] is y
 
 
 def test_hooks_of_saved_tensors_in_the_forward() -> None:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import bnext
-from graphless import NETS, conv, norm, with_forward
+from bnext.equality import Behaviour
+from graphless import NETS, block, conv, norm, with_forward
 from networks import Net, images, make, step
 from test_fusion import CLOSE, counts
 
@@ -117,3 +121,39 @@ def test_fused_again_and_converted() -> None:
     once = bnext.fuse(plain, images())
     for network in (bnext.fuse(once, images()), bnext.convert(copy.deepcopy(once))):
         torch.testing.assert_close(step(network, images()), step(plain, images()), **CLOSE)
+
+
+@dataclass
+class Output:
+    y: Tensor
+
+
+class Plain:
+    def __init__(self, y: Tensor) -> None:
+        self.inner, self.n = [Output(y)], len(y)
+
+
+def parts_of(y: Any) -> list[Tensor]:
+    if isinstance(y, Tensor):
+        return [y.to_dense()]
+    if isinstance(y, dict | list):
+        return [part for value in (y.values() if isinstance(y, dict) else y) for part in parts_of(value)]
+    return [part for value in vars(y).values() if not isinstance(value, int) for part in parts_of(value)]
+
+
+OUTPUTS: dict[str, Callable[[Tensor], Any]] = {
+    "dataclass": Output,
+    "object": lambda y: {"all": [Plain(y)]},
+    "sparse": Tensor.to_sparse,
+}
+
+
+@pytest.mark.parametrize("output", OUTPUTS.values(), ids=OUTPUTS.keys())
+def test_networks_that_give_objects(output: Callable[[Tensor], Any]) -> None:
+    """They are compared by what is in them."""
+    plain = Net(lambda net, x: output(net.block(x)), block=block()).double().eval()
+    fused = bnext.fuse(plain, images())
+    assert sum(counts(fused.block).values()) == 1
+    torch.testing.assert_close(parts_of(fused(images())), parts_of(plain(images())), **CLOSE)
+    wrong = Net(lambda net, x: output(net.block(x)), block=nn.Sequential(plain.block, nn.Softsign()))
+    assert Behaviour(plain, (images(),)).difference(wrong) is not None

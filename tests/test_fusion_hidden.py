@@ -6,7 +6,6 @@ import copy
 import random
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
@@ -251,9 +250,11 @@ class Closed(nn.Module):
         return self.act(x)
 
 
-@dataclass
-class Output:
-    y: Tensor
+class Slotted:
+    __slots__ = ("y",)
+
+    def __init__(self, y: Tensor) -> None:
+        self.y = y
 
 
 def hooked_graph() -> nn.Module:
@@ -266,7 +267,14 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "copies itself": (Copied, "a copy has a parameter 'norm.weight' of its own"),
     "a function around a module": (Closed, "expected functions in attributes that hold no modules"),
     "a graph with hooks": (hooked_graph, "a copy of '' lacks its _forward_hooks"),
-    "another output": (lambda: Net(lambda net, x: Output(net.norm(x)), norm=norm()), "nobody can compare"),
+    "an output that tells nothing": (
+        lambda: Net(lambda net, x: Slotted(net.norm(x)), norm=norm()),
+        "nobody can compare as it is, output of 0: TypeError: a Slotted is equal to nothing but itself",
+    ),
+    "torch.jit": (
+        lambda: nn.Sequential(norm(), torch.jit.script(nn.ReLU())),
+        "expected modules of Python, but '1' is a RecursiveScriptModule of torch.jit",
+    ),
 }
 
 

@@ -193,3 +193,10 @@ def runs(plain: nn.Module) -> bool:
     except RuntimeError:
         return False
     return True
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_tensors_without_values(device: str) -> None:
+    network = nn.Sequential(norm(), nn.ReLU()).to(device)
+    with pytest.raises(ValueError, match=r"with values, but tensors are on the meta device"):
+        bnext.fuse(network, torch.empty(4, 3, 8, 8, device="meta"))
