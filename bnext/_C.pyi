@@ -105,7 +105,8 @@ class CudaPlan:
         """`planes` (a block works in one channel) or `rows` (in columns of channels that lie side by side)."""
     @property
     def launches(self) -> int:
-        """Kernels of the call, everything included."""
+        """Kernels of the call. Memory that is cleared before them, as a mask may be whose vectors share bytes, is not
+        counted."""
     @property
     def reduce_blocks(self) -> int:
         """Blocks of the kernel that reduces; 0 where nothing is reduced."""
@@ -129,7 +130,7 @@ class CudaPlan:
         """Threads of each of them."""
     @property
     def map_blocks(self) -> int:
-        """Blocks of the kernel that maps."""
+        """Blocks of the kernel that maps; 0 where none does by itself."""
     @property
     def map_threads(self) -> int:
         """Threads of each of them."""

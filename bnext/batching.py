@@ -35,8 +35,6 @@ class _Call:
     """An operator's call for `count` examples: `given` by the schema's names, `dims` the examples' dimension in it."""
 
     def __init__(self, operator: Any, dims: tuple[Any, ...], given: tuple[Any, ...], count: int) -> None:
-        if count == 0:
-            raise RuntimeError("vmap: expected at least one example, but got a mapped dimension of size 0")
         known = [argument.name for argument in operator._schema.arguments]
         names = known[: len(given)]  # the rest have their defaults
         self.operator, self.count = operator, count
@@ -58,12 +56,30 @@ class _Call:
             for name, value in self.given.items()
         }
 
-    def check(self, error: Exception | None = None) -> None:
-        """Raises what one example's call would, with its sizes in the text: for `error`, or before something else."""
-        meta = {name: a.to("meta") if isinstance(a, Tensor) else a for name, a in self.example(0).items()}
+    def _example_of_none(self) -> dict[str, Any]:
+        """Of the sizes that one would have."""
+        made = dict(self.given)
+        for name, dim in self.dims.items():
+            if dim is not None:
+                made[name] = made[name].new_empty(made[name].shape[:dim] + made[name].shape[dim + 1 :])
+        return made
+
+    def of_none(self) -> _Result:
+        """Without examples, in a mapped dimension of size 0: nothing is updated, and outputs have their sizes."""
+        outputs = self.check()
+        none = tuple(t.new_empty((0, *t.shape), device=self.given["x"].device) for t in outputs)
+        return none, (0,) * len(none)
+
+    def check(self, error: Exception | None = None) -> Any:
+        """Raises what one example's call would, with its sizes in the text: for `error`, or before something else.
+
+        Returns what it would, on the meta device.
+        """
+        example = self.example(0) if self.count else self._example_of_none()
+        meta = {name: a.to("meta") if isinstance(a, Tensor) else a for name, a in example.items()}
         try:
             with torch.no_grad():
-                self.operator(**meta)
+                return self.operator(**meta)
         except (RuntimeError, ValueError) as known:
             raise known from error
 
@@ -185,6 +201,8 @@ def _update_what_is_common(call: _Call, *more: str) -> tuple[str, ...]:
 
 def _batch_norm(info: Info, dims: tuple[Any, ...], *given: Any) -> _Result:
     call = _Call(torch.ops.bnext.batch_norm.default, dims, given, info.batch_size)
+    if not call.count:
+        return call.of_none()
     written = _update_what_is_common(call)
     residual, activation = call.given["residual"], call.given["activation"]
     keeps_mask = call.given["for_backward"] and residual is not None and activation in MASKED
@@ -201,6 +219,9 @@ def _batch_norm_(info: Info, dims: tuple[Any, ...], *given: Any) -> _Result:
             "vmap: the input, which inplace=True writes over, is not mapped over, but other tensors are: expected a "
             "mapped input, or inplace=False"
         )
+    if not call.count:
+        call.check()
+        return call.given["x"], call.dims["x"]
     if call.own_counters is not None and call.given["momentum"] is None:
         raise RuntimeError(
             "vmap: with inplace=True and momentum=None, num_batches_tracked is mapped over: expected one counter for "
@@ -212,6 +233,8 @@ def _batch_norm_(info: Info, dims: tuple[Any, ...], *given: Any) -> _Result:
 
 def _batch_norm_backward(info: Info, dims: tuple[Any, ...], *given: Any) -> _Result:
     call = _Call(torch.ops.bnext.batch_norm_backward.default, dims, given, info.batch_size)
+    if not call.count:
+        return call.of_none()
     if call.given["mask"] is not None:
         return call.one_by_one()
     channels = (1, 0, 0, 1)  # dimension of dx, dweight, dbias, dresidual

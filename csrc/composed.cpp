@@ -43,7 +43,7 @@ Standardised standardise(const at::Tensor& wide_x, const at::Tensor& stats, bool
   const auto math = wide_x.scalar_type();
   const at::Tensor saved_invstd = along_channels(stats.select(0, 1), wide_x).to(math);
   const at::Tensor xhat = (wide_x - along_channels(stats.select(0, 0), wide_x).to(math)) * saved_invstd;
-  if (!training) return {xhat, saved_invstd};
+  if (!training || wide_x.sym_numel() == 0) return {xhat, saved_invstd};
   const std::vector<int64_t> dims = all_but_channels(wide_x);
   const at::Tensor centered = xhat - xhat.mean(dims, true);
   const at::Tensor var = (centered * centered).mean(dims, true);
@@ -52,7 +52,7 @@ Standardised standardise(const at::Tensor& wide_x, const at::Tensor& stats, bool
 }
 
 at::Tensor project(const at::Tensor& v, const at::Tensor& xhat, bool training) {
-  if (!training) return v;
+  if (!training || v.sym_numel() == 0) return v;
   const std::vector<int64_t> dims = all_but_channels(xhat);
   return v - v.mean(dims, /*keepdim=*/true) - xhat * (v * xhat).mean(dims, /*keepdim=*/true);
 }

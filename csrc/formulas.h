@@ -123,9 +123,10 @@ struct ParameterGrads {
   double dweight, dbias;
 };
 
-// `sums` were taken around `center`; dz*(x-mean) = dz*(x-center) - dz*(mean-center).
+// `sums` were taken around `center`; dz*(x-mean) = dz*(x-center) - dz*(mean-center). Infinite ones have no
+// rounding to put right: the infinity stays what it is, as torch has it.
 BNEXT_HOST_DEVICE double centered_second(const Sums& sums, double mean, double center) {
-  return sums.second - sums.first * (mean - center);
+  return sums.second - finite_or_zero(sums.first) * (mean - center);
 }
 
 BNEXT_HOST_DEVICE ParameterGrads parameter_grads(const Sums& sums, double mean, double center,
@@ -147,7 +148,7 @@ BNEXT_HOST_DEVICE InputGradCoefficients<A> input_grad_coefficients(const Sums& s
   const A center = static_cast<A>(mean);
   const double slope = -scale * invstd * invstd * centered_second(sums, mean, sums_center) * inverse_count;
   const double rest = mean - static_cast<double>(center);
-  const double offset = -scale * sums.first * inverse_count - slope * rest;
+  const double offset = -scale * sums.first * inverse_count - finite_or_zero(slope) * rest;
   return {static_cast<A>(scale), center, static_cast<A>(slope), static_cast<A>(offset)};
 }
 

@@ -170,17 +170,21 @@ Plan make_plan(const Problem& problem, const Device& device, bool aligned, Choic
     plan.maps = problem.output && (problem.pass == Pass::forward || problem.pass == Pass::inference);
     plan.extent = {0, e.channels, 1};
     plan.map.traversal = Traversal::rows;
+    if (!plan.maps) return plan;
     plan.map.threads = kWarp;
     plan.map.vectors = 1;
     plan.map.groups = plan.map.chunks = 1;
     return plan;
   }
-  if (e.channels == 1 || e.inner * element >= kRunBytes) {
-    plan.reduce = planes(e, lanes, device, aligned, kPlaneBlocks, kPlaneThreads);
-    plan.map = planes(e, lanes, device, aligned, kMapBlocks, kMapThreads);
-  } else {
-    plan.reduce = rows_reduce(e, lanes, device);
-    plan.map = rows_map(e, lanes, device);
+  const bool in_planes = e.channels == 1 || e.inner * element >= kRunBytes;
+  plan.reduce.traversal = plan.map.traversal = in_planes ? Traversal::planes : Traversal::rows;
+  if (plan.reduces) {
+    plan.reduce = in_planes ? planes(e, lanes, device, aligned, kPlaneBlocks, kPlaneThreads)
+                            : rows_reduce(e, lanes, device);
+  }
+  if (plan.maps) {
+    plan.map =
+        in_planes ? planes(e, lanes, device, aligned, kMapBlocks, kMapThreads) : rows_map(e, lanes, device);
   }
 
   const int64_t tensor_bytes = e.numel() * element, mask = problem.mask ? mask_bytes(e.numel()) : 0;

@@ -142,6 +142,19 @@ def test_empty(shape: tuple[int, ...], mode: Mode, device: str) -> None:
         assert torch.equal(parameter.grad, torch.zeros(3, device=device))
 
 
+def test_derivatives_of_an_empty_batch(device: str) -> None:
+    """Zeros, in every order."""
+    shapes = [(0, 3, 2), (3,), (3,), (0, 3, 2)]
+    x, weight, bias, dy = (torch.ones(s, device=device).double().requires_grad_() for s in shapes)
+    y = bnext.functional.batch_norm(x, None, None, weight, bias, True, activation="tanh")
+    found = torch.autograd.grad(y, (x, weight, bias), dy, create_graph=True)
+    for _ in range(2):
+        terms = [t.sum() for t in found if t is not None and t.requires_grad]
+        found = torch.autograd.grad(terms, (x, weight, dy), create_graph=True, allow_unused=True)
+        for one in found:
+            assert one is None or torch.equal(one, torch.zeros_like(one))
+
+
 def layer_and_input(device: str, affine: bool = True) -> tuple[bnext.BatchNorm2d, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(3)
     x, dy = torch.randn(2, 4, 3, 5, 5, generator=generator).to(device)

@@ -88,6 +88,29 @@ def test_other_ways_into_a_layer(kind: type[nn.Module], device: str) -> None:
     assert "skip_nonfinite=True" in repr(layer)
 
 
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("dtypes", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", ["nc", "nchw", "nhwc"])
+def test_gradients_of_an_infinite_one(layout: str, dtypes: Dtypes, training: bool, device: str) -> None:
+    """As torch has them: dweight and dbias infinite with torch's sign, NaN where both signs meet."""
+    problem = make(SHAPE_OF_RANK[LAYOUT[layout].rank], LAYOUT[layout], dtypes, TRAIN, device=device)
+    dy = problem.dy
+    for channel, index, value in ((1, 0, "inf"), (2, -1, "-inf"), (3, 0, "inf"), (3, -1, "-inf")):
+        dy.select(1, channel)[(index,) * (dy.dim() - 1)] = float(value)
+    results = []
+    for function in (batch_norm, nn.functional.batch_norm):
+        leaves = [t.detach().clone().requires_grad_() for t in (problem.x, problem.weight, problem.bias)]
+        y = function(leaves[0], problem.running_mean, problem.running_var, *leaves[1:], training)
+        results.append(torch.autograd.grad(y, leaves, dy))
+    for name, ours, theirs in zip(("dx", "dweight", "dbias"), *results, strict=True):
+        if name == "dx" and training:  # an infinity or NaN, by the order of sums
+            assert not ours[:, [1, 2, 3]].isfinite().any() and ours[:, [0, 4]].isfinite().all()
+            continue
+        odd = ~theirs.isfinite()
+        assert torch.equal(odd, ~ours.isfinite()) and odd.any()
+        torch.testing.assert_close(ours[odd], theirs[odd], rtol=0, atol=0, equal_nan=True)
+
+
 def test_under_vmap(device: str) -> None:
     x = torch.stack([spoil(torch.randn(6, 5, device=device), value) for value in (float("nan"), 1.0)])
     mean, var = torch.zeros(2, 5, device=device), torch.ones(2, 5, device=device)

@@ -21,7 +21,8 @@ def test_a_plan_needs_no_gpu(layout: str, training: bool, backward: bool) -> Non
     assert plan.bytes_minimum == (3 if backward else 2) * tensor
     assert plan.bytes_minimum <= plan.bytes_moved <= (5 if backward else 3) * tensor
     assert plan.floor_seconds == pytest.approx(plan.bytes_minimum / device.bandwidth)
-    assert 132 <= plan.map_blocks < 2**31 and plan.map_threads % 32 == 0
+    blocks, threads = max((plan.map_blocks, plan.map_threads), (plan.reduce_blocks, plan.reduce_threads))
+    assert 132 <= blocks < 2**31 and threads % 32 == 0
 
 
 def test_a_larger_device_gets_more_blocks() -> None:
@@ -202,3 +203,21 @@ def test_one_multiprocessor_is_left(layout: str, cluster: int) -> None:
     for channels in (1, 2, 8, 300):
         plan = bnext.plan((8, channels, 64, 64), layout=layout, device=device)
         assert plan.reduce_blocks > 0 and plan.waiting_blocks <= 2
+
+
+@pytest.mark.parametrize("engine", [None, "streaming"])
+@pytest.mark.parametrize("shape", [(64, 64, 7, 7), (8, 3, 64, 64), (0, 4)], ids=str)
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("backward", [False, True])
+def test_only_kernels_that_are_launched_have_blocks(
+    backward: bool, training: bool, shape: tuple[int, ...], engine: str | None
+) -> None:
+    if not training:
+        engine = None
+    plan = bnext.plan(shape, training=training, backward=backward, device=HOPPER, engine=engine)
+    kernels = {
+        name: (getattr(plan, f"{name}_blocks"), getattr(plan, f"{name}_threads"))
+        for name in ("reduce", "map")
+    }
+    assert plan.launches == sum(blocks > 0 for blocks, _ in kernels.values())
+    assert all((blocks > 0) == (threads > 0) for blocks, threads in kernels.values())

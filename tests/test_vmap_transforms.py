@@ -166,7 +166,7 @@ def test_errors(device: str) -> None:
             {"inplace": True, "momentum": None},
         ),
         (ValueError, "expected at least 2D input", {"input": x[:, 0]}, {"input": 0}, {}),
-        (RuntimeError, "at least one example", {"input": x[:0]}, {"input": 0}, {}),
+        (ValueError, "eps must be positive", {"input": x[:0]}, {"input": 0}, {"eps": 0.0}),
         (ValueError, "eps must be positive", {"input": x}, {"input": 0}, {"eps": 0.0}),
         (
             RuntimeError,
@@ -186,6 +186,35 @@ def test_errors(device: str) -> None:
             )(given)
         for name, t in given.items():
             assert torch.equal(t, before[name]), (text, name)
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("dim", [0, 1, 3])
+def test_no_examples(dim: int, inplace: bool, device: str) -> None:
+    """Outputs of their sizes, and statistics that stay."""
+    x = torch.empty(5, 4, 3, device=device).unsqueeze(dim).narrow(dim, 0, 0)
+    mean, var = torch.zeros(4, device=device), torch.ones(4, device=device)
+    counter = torch.zeros((), dtype=torch.int64, device=device)
+
+    def one(x: Tensor) -> Tensor:
+        return batch_norm(x, None, None, training=True, num_batches_tracked=counter, inplace=inplace)
+
+    assert vmap(one, dim, 1)(x).shape == (5, 0, 4, 3)
+    own = mean.expand(0, 4).clone(), var.expand(0, 4).clone()
+    y = vmap(lambda x, m, v: batch_norm(x, m, v, training=True, inplace=inplace), (dim, 0, 0))(x, *own)
+    assert y.shape == (0, 5, 4, 3) and counter == 0
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("transform", [jacrev, jacfwd])
+def test_jacobians_of_an_empty_batch(transform: Callable[..., Any], training: bool, device: str) -> None:
+    x, v = torch.empty(0, 3, 2, device=device), torch.ones(3, device=device)
+
+    def function(x: Tensor, weight: Tensor, residual: Tensor) -> Tensor:
+        return batch_norm(x, v, v, weight, v, training, momentum=0.0, activation="relu", residual=residual)
+
+    for position, size in enumerate(((0, 3, 2), (3,), (0, 3, 2))):
+        assert transform(function, position)(x, v, x.clone()).shape == (0, 3, 2, *size)
 
 
 def test_captured_buffers_are_refused_untouched(device: str) -> None:
