@@ -30,9 +30,7 @@ LINK = ["-fopenmp"]
 def cuda_decision() -> tuple[bool, str]:
     """Whether the CUDA kernels are built, and why: if there is an nvcc (a GPU is not asked), or as BNEXT_CUDA says."""
     wish = os.environ.get("BNEXT_CUDA", "")
-    if not Path("csrc/cuda").is_dir():
-        build, reason = False, "this version has no CUDA kernels"
-    elif wish == "0":
+    if wish == "0":
         build, reason = False, "switched off by BNEXT_CUDA=0"
     elif nvcc.find():
         build, reason = True, "nvcc was found"

@@ -33,9 +33,6 @@ from benchmarks import sass
 from build_backend import nvcc
 
 ROOT = Path(__file__).resolve().parents[1]
-# Kernels, without template arguments, that may do what the others may not, and why.
-EXEMPT: dict[str, str] = {}
-
 MINIMUM_WIDTH = 150  # columns, where output goes to a file
 
 
@@ -60,8 +57,6 @@ class Kernel:
     loop_loads: int = 0  # its wide loads
 
     def faults(self) -> list[str]:
-        if self.name.split("<")[0] in EXEMPT:
-            return []
         found = {
             f"has a stack frame of {self.stack} bytes": self.stack,
             f"accesses local memory in {self.local} instructions": self.local,
@@ -85,7 +80,7 @@ def find_tool(name: str) -> str:
     raise Unavailable(f"{name} is not on PATH: pip install '.[bench]' brings it")
 
 
-def find_toolkit(architectures: Sequence[str] | None = None) -> nvcc.Toolkit:
+def find_toolkit(architectures: Sequence[str] | None) -> nvcc.Toolkit:
     try:
         return nvcc.toolkit(architectures)
     except FileNotFoundError as error:

@@ -26,7 +26,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.report import MINIMUM_WIDTH, Row, group_of, read
+from benchmarks.report import Row, group_of, read, wide_console
 
 SUBJECT, PEER = "bnext", "eager"
 
@@ -87,9 +87,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE.json")
     options = parser.parse_args(arguments)
-    console = Console()
-    if not console.is_terminal:
-        console.width = max(console.width, MINIMUM_WIDTH)
+    console = wide_console()
     for path in options.files:
         rows, machine = read(path)
         console.print(f"{path}: commit {machine['commit']}, {machine['cpu']}", soft_wrap=True)

@@ -113,12 +113,11 @@ def _bnext() -> dict[str, str]:
 def describe() -> dict[str, object]:
     """Everything that a reader of the numbers has to know about the machine and the software."""
     flags = set(_cpuinfo("flags").split())
-    affinity = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "commit": commit(),
         "cpu": _cpuinfo("model name") or platform.processor(),
-        "cores": len(affinity),
+        "cores": len(os.sched_getaffinity(0)),
         "isa": [flag for flag in _ISA_FLAGS if flag in flags],
         "caches": caches(),
         "huge_pages": _text("/sys/kernel/mm/transparent_hugepage/enabled"),

@@ -20,12 +20,11 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
 from benchmarks import machine
 from benchmarks.blocks import ACTIVATIONS, PEERS, Count, count, least_saved, saved
-from benchmarks.report import MINIMUM_WIDTH
+from benchmarks.report import wide_console
 from benchmarks.shapes import LISTS, Shape, parse_shapes
 
 BAR = 0.40  # of the memory kept that in place saves at least
@@ -84,9 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ArithmeticError as error:
         print(f"not counted: {error}", file=sys.stderr)
         return 1
-    console = Console()
-    if not console.is_terminal:
-        console.width = max(console.width, MINIMUM_WIDTH)
+    console = wide_console()
     console.print(table(counts, shape, options.blocks))
     missed = False
     for activation in options.activation:

@@ -27,7 +27,6 @@ from itertools import product
 from pathlib import Path
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -35,7 +34,7 @@ from torch.nn import functional as F
 import bnext
 from benchmarks import machine
 from benchmarks.measure import Measurement
-from benchmarks.report import MINIMUM_WIDTH
+from benchmarks.report import wide_console
 from benchmarks.resnet import KINDS, resnet
 
 DTYPES = ("float32", "bfloat16")
@@ -162,9 +161,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.threads:
         torch.set_num_threads(options.threads)
 
-    console = Console()
-    if not console.is_terminal:
-        console.width = max(console.width, MINIMUM_WIDTH)
+    console = wide_console()
     rows = {}
     for dtype, layout in product(options.dtype, options.layout):
         try:

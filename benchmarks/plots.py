@@ -1,8 +1,8 @@
 """Pictures of kept runs: `python -m benchmarks.plots FILE.json... [--out FOLDER]`.
 
 Two kinds, whichever the file has the cases for:
-    cost      time of a call while one problem grows a thousand times (lists growth, growth_nc), both axes
-    logarithmic ratios    how many times faster than each peer, shape by shape
+    cost      time of a call while one problem grows a thousand times (lists growth, growth_nc), logarithmic axes
+    ratios    how many times faster than each peer, shape by shape
 """
 
 from __future__ import annotations

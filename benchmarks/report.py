@@ -27,6 +27,14 @@ from benchmarks.shapes import Case
 MINIMUM_WIDTH = 180  # columns, where output goes to a file
 
 
+def wide_console() -> Console:
+    """Of the terminal, or wide enough for a table in a file."""
+    console = Console()
+    if not console.is_terminal:
+        console.width = max(console.width, MINIMUM_WIDTH)
+    return console
+
+
 @dataclass
 class Row:
     """One case with the measurement of every implementation that ran it."""
@@ -98,11 +106,6 @@ def _names(rows: Sequence[Row]) -> list[str]:
     return [name for name in IMPLEMENTATIONS if any(name in row.by_name for row in rows)]
 
 
-def _choose_subject(rows: Sequence[Row]) -> str:
-    names = _names(rows)
-    return names[0] if names else ""
-
-
 def _milliseconds(seconds: float) -> str:
     return f"{seconds * 1e3:.4f}" if seconds < 1e-3 else f"{seconds * 1e3:.2f}"
 
@@ -167,16 +170,14 @@ def _overview(groups: dict[tuple[str, ...], list[Row]], subject: str, peers: Seq
     return table
 
 
-def show(rows: Sequence[Row], console: Console | None = None, subject: str | None = None) -> None:
+def show(rows: Sequence[Row], console: Console, subject: str | None = None) -> None:
     """Print a table per list, operation, dtype and layout, then the overview with means and worst cases."""
-    console = console or Console()
-    if not console.is_terminal:
-        console.width = max(console.width, MINIMUM_WIDTH)
-    subject = subject or _choose_subject(rows)
+    names = _names(rows)
+    subject = subject or next(iter(names), "")
     groups = _groups(rows)
     for key, group in groups.items():
         console.print(_detail(key, group, subject))
-    console.print(_overview(groups, subject, [name for name in _names(rows) if name != subject]))
+    console.print(_overview(groups, subject, [name for name in names if name != subject]))
 
 
 def write(path: Path, rows: Sequence[Row], machine: dict[str, Any], settings: dict[str, Any]) -> None:
@@ -216,7 +217,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     for path in options.files:
         rows, machine = read(path)
-        console = Console()
+        console = wide_console()
         console.print(
             f"{path.name}: commit {machine['commit']}, {machine['date']}, {machine['cpu']}", soft_wrap=True
         )

@@ -80,8 +80,8 @@ KINDS = {
 }
 
 
-def resnet(name: str, classes: int = 1000) -> nn.Module:
-    """He et al., "Deep Residual Learning", 2015, table 1, with the stride in the 3x3 convolution."""
+def resnet(name: str) -> nn.Module:
+    """He et al., "Deep Residual Learning", 2015, table 1, with the stride in the 3x3 convolution: 1000 classes."""
     kind = KINDS[name]
     layers: list[nn.Module] = [
         nn.Conv2d(3, 64, 7, 2, 3, bias=False),
@@ -95,4 +95,4 @@ def resnet(name: str, classes: int = 1000) -> nn.Module:
         for place in range(blocks):
             layers.append(kind.block(inputs, width, 2 if stage > 0 and place == 0 else 1))
             inputs = kind.block.expansion * width
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(inputs, classes))
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(inputs, 1000))

@@ -21,9 +21,6 @@ import torch
 from rich.console import Console
 from rich.progress import track
 
-if not __package__:  # started as a file
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from benchmarks import machine, measure, peers, report, shapes
 
 # Tensors alive at once in a case: x, dy, residual, y, dx, dresidual of five layouts, and holes between them.
@@ -119,7 +116,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     else:
         machine.settle_memory()
 
-    console = Console()
+    console = report.wide_console()
     errors = Console(stderr=True)
     facts = machine.describe()
     load = os.getloadavg()[0]

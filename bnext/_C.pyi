@@ -127,13 +127,13 @@ class CudaPlan:
         """Bytes of shared memory that a resident block asks for."""
     @property
     def reduce_threads(self) -> int:
-        """Threads of each of them."""
+        """Threads of each block of the kernel that reduces."""
     @property
     def map_blocks(self) -> int:
         """Blocks of the kernel that maps; 0 where none does by itself."""
     @property
     def map_threads(self) -> int:
-        """Threads of each of them."""
+        """Threads of each block of the kernel that maps."""
     @property
     def scratch_bytes(self) -> int:
         """Memory for partial sums during the call."""
@@ -153,6 +153,11 @@ class CudaPlan:
 def batch_norm(*arguments: object) -> Tensor | None:
     """The operator on the arguments of its schema, y alone; None, and nothing done, where torch.ops must be asked."""
 
+ACTIVATIONS: tuple[str, ...]  # names that the operators know
+WITH_PARAMETER: tuple[str, ...]
+MASKED: tuple[str, ...]  # those of which a bit per element tells the gradient
+
+def check_activation(activation: str | None, activation_param: float | None, inplace: bool) -> None: ...
 def build_info() -> dict[str, Any]: ...
 def empty_cache() -> int: ...
 def cached_bytes() -> int: ...
@@ -160,7 +165,7 @@ def set_cache_limit(bytes: int) -> None: ...
 def plan(
     shape: list[int],
     dtype: str,
-    layout: str,
+    channels_last: bool,
     training: bool,
     backward: bool,
     threads: int | None,
@@ -170,7 +175,7 @@ def plan(
 def cuda_plan(
     shape: list[int],
     dtype: str,
-    layout: str,
+    channels_last: bool,
     training: bool,
     backward: bool,
     device: CudaDevice,

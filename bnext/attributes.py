@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import random
-import sys
 import types
 from collections import deque
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -105,13 +105,12 @@ def _inside(value: Any) -> list[object]:
 
 
 def _state_of_generator(value: Any) -> list[object]:
-    numpy: Any = sys.modules.get("numpy")
     if isinstance(value, random.Random):
         return [value.getstate()]
     if isinstance(value, torch.Generator):
         return [value.get_state().tolist()]
-    if numpy is not None and isinstance(value, numpy.random.Generator):
+    if isinstance(value, np.random.Generator):
         return [str(value.bit_generator.state)]
-    if numpy is not None and isinstance(value, numpy.random.RandomState):
+    if isinstance(value, np.random.RandomState):
         return [str(value.get_state(legacy=False)["state"])]
     return []

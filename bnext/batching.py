@@ -12,13 +12,14 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from . import _C
+
 __all__ = ["register"]
 
 CHANNELS = ("x", "residual", "dy", "stats")  # (N, C, ...)
 VECTORS = ("weight", "bias", "running_mean", "running_var")  # C elements
 RUNNING = ("running_mean", "running_var")
 COUNTER = "num_batches_tracked"
-MASKED = ("relu", "leaky_relu", "relu6")  # is_masked of csrc/activation.h
 
 
 class Info(Protocol):
@@ -122,7 +123,7 @@ class _Call:
                 name: t.flatten(1, 2) if name in CHANNELS else t.reshape(-1) for name, t in examples.items()
             }
             copies = [name for name in written if not _is_view(examples[name], name)]
-            for name in copies:  # likewise
+            for name in copies:  # what is there already: refused now where writing it later would be
                 examples[name].copy_(folded[name].view_as(examples[name]))
             outputs = self.operator(**(self.given | folded | ({} if counters is None else {COUNTER: None})))
         except (RuntimeError, ValueError, IndexError) as error:
@@ -205,7 +206,7 @@ def _batch_norm(info: Info, dims: tuple[Any, ...], *given: Any) -> _Result:
         return call.of_none()
     written = _update_what_is_common(call)
     residual, activation = call.given["residual"], call.given["activation"]
-    keeps_mask = call.given["for_backward"] and residual is not None and activation in MASKED
+    keeps_mask = call.given["for_backward"] and residual is not None and activation in _C.MASKED
     if keeps_mask or (call.own_counters is not None and call.given["momentum"] is None):
         return call.one_by_one()
     y, stats, mask = call.at_once(written)

@@ -1,6 +1,7 @@
-"""The function behind the modules, and the only place that calls the whole operators."""
+"""The function behind the modules. It calls the whole operators; batching.py does so too, for many examples at once."""
 
 from collections.abc import Sequence
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -10,38 +11,23 @@ from .holding import are_held
 
 __all__ = ["ACTIVATIONS", "batch_norm", "check_activation"]
 
-ACTIVATIONS = ("relu", "leaky_relu", "relu6", "silu", "gelu", "elu", "hardswish", "sigmoid", "tanh")
-WITH_PARAMETER = ("leaky_relu", "elu")
+ACTIVATIONS = _C.ACTIVATIONS
+WITH_PARAMETER = _C.WITH_PARAMETER
 
 
 def check_activation(activation: str | None, activation_param: float | None, inplace: bool = False) -> None:
     """What the operators check too, for who wants to know before there is an input.
 
     Raises:
+        TypeError: an activation that is no name, a parameter that is no number.
         ValueError: not one of ACTIVATIONS or None; a parameter for one that has none; with inplace, one that cannot be
             inverted.
     """
-    if activation is not None and activation not in ACTIVATIONS:
-        raise ValueError(f"expected activation one of {', '.join(ACTIVATIONS)} or None, but got {activation}")
-    if activation_param is not None and activation not in WITH_PARAMETER:
-        raise ValueError(
-            f"expected activation_param with {' or '.join(WITH_PARAMETER)} only, "
-            f"but got {float(activation_param)} with {activation}"
-        )
-    if inplace and activation is not None:
-        _check_invertible(activation, activation_param)
-
-
-def _check_invertible(activation: str, activation_param: float | None) -> None:
-    if activation in WITH_PARAMETER and (activation_param is None or activation_param > 0):
-        return
-    got = activation if activation_param is None else f"{activation} with {float(activation_param)}"
-    if activation == "relu":
-        got += " (what relu sets to 0 is lost; leaky_relu with a small slope is the usual choice)"
-    raise ValueError(
-        "inplace=True keeps the output alone, so backward has to recover the input from it: expected "
-        f"activation None, leaky_relu or elu, with a positive parameter, but got {got}"
-    )
+    if not isinstance(activation, str | None):
+        raise TypeError(f"expected activation as a name or None, but got {activation!r}")
+    if not isinstance(activation_param, Real | None):
+        raise TypeError(f"expected activation_param as a number or None, but got {activation_param!r}")
+    _C.check_activation(activation, activation_param, inplace)
 
 
 def batch_norm(

@@ -58,11 +58,9 @@ def _draw_in(module: nn.Module, node: fx.Node, layer: FusedBatchNorm, order: dic
         return False
     if node.kwargs or len(node.args) != 1:
         return False
-    drawn: list[fx.Node] = []  # nodes that alone read one another
-    residual, chain = _residual(module, node, order)
-    drawn += chain
-    found, chain = _activation(module, drawn[-1] if drawn else node)
-    drawn += chain
+    residual, added = _residual(module, node, order)
+    found, activated = _activation(module, added[-1] if added else node)
+    drawn = [*added, *activated]  # nodes that alone read one another
     if not drawn or any(_writes(module, other) for other in _between(node, drawn[-1]) if other not in drawn):
         return False
     drawn[-1].replace_all_uses_with(node)

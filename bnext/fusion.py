@@ -138,7 +138,7 @@ def _explained(module: nn.Module) -> Iterator[None]:
     except Exception as error:  # whatever forward or a copy raises
         raise ValueError(
             "expected a module that can be copied and example_inputs of which it can compute a training step, "
-            f"but that of {type(module).__name__} raises {type(error).__name__}: {error}"
+            f"but {type(module).__name__} raises {type(error).__name__}: {error}"
         ) from error
 
 

@@ -99,18 +99,10 @@ class FusedBatchNorm(nn.modules.batchnorm._BatchNorm):
     def extra_repr(self) -> str:
         """Torch's line, and what is ours where it is set."""
         line = str(super().extra_repr())
-        if not self.unbiased_running_var:
-            line += ", unbiased_running_var=False"
-        if self.activation is not None:
-            line += f", activation={self.activation}"
-        if self.activation_param is not None:
-            line += f", activation_param={self.activation_param}"
-        if self.inplace:
-            line += ", inplace=True"
-        if self.skip_nonfinite:
-            line += ", skip_nonfinite=True"
-        if self.frozen:
-            line += ", frozen=True"
+        for name, default in OUR_ATTRIBUTES.items():
+            value = getattr(self, name)
+            if value != default:
+                line += f", {name}={value}"
         return line
 
     def forward(

@@ -11,30 +11,27 @@ from torch import Tensor
 
 from . import _C
 from ._C import CudaDevice
-from .functional import check_activation
 
 # The ranks for which torch has a channels-last order, and so the operators too.
 _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
-def _layout_of(x: Tensor) -> str:
+def _is_channels_last(x: Tensor) -> bool:
     """How the operators read x: strides of neither kind are copied to contiguous first."""
     last = _CHANNELS_LAST.get(x.dim())
-    if x.is_contiguous() or last is None or not x.is_contiguous(memory_format=last):
-        return "contiguous"
-    return "channels_last"
+    return last is not None and not x.is_contiguous() and x.is_contiguous(memory_format=last)
 
 
-def _layout_named(layout: str | torch.memory_format, rank: int) -> str:
+def _means_channels_last(layout: str | torch.memory_format, rank: int) -> bool:
     if layout in ("contiguous", torch.contiguous_format):
-        return "contiguous"
+        return False
     if layout not in ("channels_last", *_CHANNELS_LAST.values()):
         raise ValueError(
             f"expected layout 'contiguous', 'channels_last' or a torch.memory_format, but got {layout!r}"
         )
     if rank not in _CHANNELS_LAST or layout not in ("channels_last", _CHANNELS_LAST[rank]):
         raise ValueError(f"expected a layout for {rank} dimensions, but got {layout}")
-    return "channels_last"
+    return True
 
 
 def _gpu(device: torch.device | str | CudaDevice | None) -> CudaDevice | None:
@@ -46,10 +43,10 @@ def _gpu(device: torch.device | str | CudaDevice | None) -> CudaDevice | None:
         return None
     if place.type != "cuda":
         raise ValueError(f"expected device cpu, cuda or a CudaDevice, but got {place}")
-    index = place.index
-    if index is None:
-        index = torch.cuda.current_device() if torch.cuda.is_available() else 0
-    return _C.cuda_device(index)
+    number = place.index
+    if number is None:
+        number = torch.cuda.current_device() if torch.cuda.is_available() else 0
+    return _C.cuda_device(number)
 
 
 def plan(
@@ -95,7 +92,6 @@ def plan(
     if isinstance(x_or_shape, Tensor):
         shape = list(x_or_shape.shape)
         dtype = x_or_shape.dtype if dtype is None else dtype
-        layout = _layout_of(x_or_shape) if layout is None else layout
         device = x_or_shape.device if device is None else device
     else:
         try:
@@ -103,14 +99,16 @@ def plan(
         except TypeError:
             raise TypeError(f"expected a tensor or a sequence of integers, but got {x_or_shape!r}") from None
     dtype_name = str(torch.float32 if dtype is None else dtype).removeprefix("torch.")
-    layout_name = _layout_named("contiguous" if layout is None else layout, len(shape))
-    check_activation(activation, None)
+    if layout is not None:
+        last = _means_channels_last(layout, len(shape))
+    else:
+        last = isinstance(x_or_shape, Tensor) and _is_channels_last(x_or_shape)
     gpu = _gpu(device)
     if gpu is None:
         if engine is not None:
             raise ValueError(f"expected engine with a GPU only, but got {engine!r}")
-        return _C.plan(shape, dtype_name, layout_name, training, backward, threads, residual, activation)
+        return _C.plan(shape, dtype_name, last, training, backward, threads, residual, activation)
     if threads is not None:
         raise ValueError(f"expected threads with the CPU only, but got {threads} and device {device}")
     chosen = "automatic" if engine is None else engine
-    return _C.cuda_plan(shape, dtype_name, layout_name, training, backward, gpu, residual, activation, chosen)
+    return _C.cuda_plan(shape, dtype_name, last, training, backward, gpu, residual, activation, chosen)

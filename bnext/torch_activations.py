@@ -26,16 +26,15 @@ class _Entry:
     functions: tuple[Callable[..., Any], ...]
     methods: tuple[str, ...] = ()
     parameter: str | None = None  # keyword of the module and second argument of the functions
-    default: float | None = None
 
 
 _TABLE = {
     "relu": _Entry(nn.ReLU, (F.relu, F.relu_, torch.relu, torch.relu_), ("relu", "relu_")),
-    "leaky_relu": _Entry(nn.LeakyReLU, (F.leaky_relu, F.leaky_relu_), (), "negative_slope", 0.01),
+    "leaky_relu": _Entry(nn.LeakyReLU, (F.leaky_relu, F.leaky_relu_), (), "negative_slope"),
     "relu6": _Entry(nn.ReLU6, (F.relu6,)),
     "silu": _Entry(nn.SiLU, (F.silu,)),
     "gelu": _Entry(nn.GELU, (F.gelu,)),
-    "elu": _Entry(nn.ELU, (F.elu, F.elu_), (), "alpha", 1.0),
+    "elu": _Entry(nn.ELU, (F.elu, F.elu_), (), "alpha"),
     "hardswish": _Entry(nn.Hardswish, (F.hardswish,)),
     "sigmoid": _Entry(nn.Sigmoid, (F.sigmoid, torch.sigmoid, torch.sigmoid_), ("sigmoid", "sigmoid_")),
     "tanh": _Entry(nn.Tanh, (F.tanh, torch.tanh, torch.tanh_), ("tanh", "tanh_")),
@@ -76,8 +75,10 @@ def of_call(
         return None
     if entry.parameter is None:
         return None if rest else Activation(name, None)
-    value = rest.pop(entry.parameter, arguments[1] if len(arguments) > 1 else entry.default)
-    return None if rest or not isinstance(value, int | float) else Activation(name, float(value))
+    value = rest.pop(entry.parameter, arguments[1] if len(arguments) > 1 else None)
+    if rest or not isinstance(value, int | float | None):
+        return None
+    return Activation(name, None if value is None else float(value))
 
 
 def _of_hardtanh(low: Any, high: Any) -> Activation | None:

@@ -34,8 +34,8 @@ def trace(module: nn.Module, inputs: int) -> fx.Graph | None:
     """
     if not _takes(module, inputs):
         return None
-    known = {name for name, _ in [*module.named_parameters(remove_duplicate=False)]}
-    known |= {name for name, _ in [*module.named_buffers(remove_duplicate=False)]}
+    known = {name for name, _ in module.named_parameters(remove_duplicate=False)}
+    known |= {name for name, _ in module.named_buffers(remove_duplicate=False)}
     for tracer in (_Tracer, _ShallowTracer):
         try:
             graphs = [_traced(tracer, module, *modes) for modes in _MODES]
@@ -109,7 +109,8 @@ for _name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "
     setattr(_Proxy, f"__{_name}__", _recorded(getattr(operator, _name)))
 
 
-def _modes() -> tuple[object, ...]:
+def _surroundings() -> tuple[object, ...]:
+    """Modes that a forward may enter and leave again."""
     return (
         torch.is_grad_enabled(),
         torch.is_inference_mode_enabled(),
@@ -126,7 +127,7 @@ class _Tracer(fx.Tracer):
 
     def __init__(self) -> None:
         super().__init__()
-        self._modes = _modes()
+        self._surroundings = _surroundings()
         self._made: list[weakref.ref[fx.Proxy]] = []
 
     def has_left_something(self) -> bool:
@@ -151,7 +152,7 @@ class _Tracer(fx.Tracer):
         return made
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
-        if _modes() != self._modes:
+        if _surroundings() != self._surroundings:
             raise ValueError("another grad or autocast mode, which a graph does not keep")
         return super().create_node(*args, **kwargs)
 

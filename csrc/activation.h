@@ -38,18 +38,6 @@ constexpr const ActivationEntry& activation_entry(Activation kind) {
 }
 constexpr const char* activation_name(Activation kind) { return activation_entry(kind).name; }
 
-// The Activation's number, or -1 if none has this name. Without <string_view>: the tile files include this
-// after they have set their target.
-constexpr int find_activation(const char* name) {
-  for (int i = 0; i < kActivationCount; ++i) {
-    const char* a = name;
-    const char* b = kActivations[i].name;
-    while (*a != 0 && *a == *b) ++a, ++b;
-    if (*a == *b) return i;
-  }
-  return -1;
-}
-
 struct ScalarElementary {
   template <class A>
   BNEXT_HOST_DEVICE static A exp(A z) {

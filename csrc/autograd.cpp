@@ -11,8 +11,6 @@
 namespace bnext {
 namespace {
 
-bool requires_grad(const OptionalTensor& t) { return present(t) && t->requires_grad(); }
-
 // In torch's words. batch_norm_ would have to write its tangent over x's.
 template <class... Tensors>
 void refuse_forward_mode(const Tensors&... tensors) {
@@ -43,8 +41,7 @@ ForwardResult batch_norm_autograd(const at::Tensor& x, const OptionalTensor& res
                                   bool skip_nonfinite) {
   check_differentiability(x, running_mean, running_var);
   Held<BatchNormNode> node;
-  if (at::GradMode::is_enabled() &&
-      (x.requires_grad() || requires_grad(residual) || requires_grad(weight) || requires_grad(bias))) {
+  if (torch::autograd::compute_requires_grad(x, residual, weight, bias)) {
     node = make_node<BatchNormNode>(x, residual, weight, bias, training,
                                     SavedActivation(activation, activation_param), /*from_output=*/false);
   }
@@ -80,8 +77,7 @@ at::Tensor batch_norm_inplace_autograd(const at::Tensor& x, const OptionalTensor
                                        bool skip_nonfinite) {
   check_differentiability(x, running_mean, running_var);
   refuse_forward_mode(x, weight, bias);
-  const bool differentiable =
-      at::GradMode::is_enabled() && (x.requires_grad() || requires_grad(weight) || requires_grad(bias));
+  const bool differentiable = torch::autograd::compute_requires_grad(x, weight, bias);
   torch::autograd::check_inplace(x, differentiable);
   require_own_elements("input", x);
   Held<BatchNormNode> node;
@@ -115,8 +111,7 @@ BackwardResult batch_norm_backward_autograd(const at::Tensor& dy, const at::Tens
   const bool has_tangent = any_tangent(dy, x, residual, weight, bias);
   if (from_output) refuse_forward_mode(dy, x, weight, bias);
   Held<BatchNormBackwardNode> node;
-  if (at::GradMode::is_enabled() && (dy.requires_grad() || x.requires_grad() || requires_grad(residual) ||
-                                     requires_grad(weight) || requires_grad(bias))) {
+  if (torch::autograd::compute_requires_grad(dy, x, residual, weight, bias)) {
     node = make_node<BatchNormBackwardNode>(dy, x, residual, mask, weight, bias, stats, training,
                                             SavedActivation(activation, activation_param), from_output);
   }

@@ -74,7 +74,7 @@ struct BackwardCall {
     }
     require_statistics(stats, x);
     require_slope_source(residual, mask, from_output, activation, x, output_mask[3]);
-    if (from_output) require_invertible(activation, x);
+    if (from_output) require_invertible(activation, x.scalar_type());
   }
 
   // Of dweight and dbias.

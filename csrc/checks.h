@@ -4,7 +4,9 @@
 // Types and texts that torch.nn.functional.batch_norm also has are torch's own: programs match on them.
 #pragma once
 
+#include <ATen/MemoryOverlap.h>
 #include <ATen/core/Tensor.h>
+#include <c10/core/InferenceMode.h>
 #include <c10/core/SymInt.h>
 #include <c10/util/string_view.h>
 
@@ -15,6 +17,8 @@
 #include "args.h"
 
 namespace bnext {
+
+inline bool present(const std::optional<at::Tensor>& t) { return t.has_value() && t->defined(); }
 
 // A float as Python prints it.
 inline std::string python_repr(double value) {
@@ -74,7 +78,7 @@ inline void require_same_device(const char* name, const at::Tensor& t, const at:
 // One element per channel, on the input's device, strided.
 inline void require_channel_vector(const char* name, const std::optional<at::Tensor>& v,
                                    const at::Tensor& x) {
-  if (!v.has_value() || !v->defined()) return;
+  if (!present(v)) return;
   TORCH_CHECK(v->sym_numel() == x.sym_size(1), name, " should contain ", x.sym_size(1), " elements not ",
               v->sym_numel());
   require_same_device(name, *v, x);
@@ -91,7 +95,7 @@ struct ParameterDtype {
   at::ScalarType dtype = at::ScalarType::Undefined;
 
   void require(const char* name, const std::optional<at::Tensor>& v) {
-    if (!v.has_value() || !v->defined()) return;
+    if (!present(v)) return;
     const auto got = v->scalar_type();
     const auto own = x.scalar_type();
     TORCH_CHECK(got == own || (got == at::kFloat && is_16_bit(own)) || (or_kept && got == at::kDouble),
@@ -107,15 +111,20 @@ struct ParameterDtype {
   }
 };
 
+inline std::string activation_names() {
+  std::string names;
+  for (int k = 1; k < kActivationCount; ++k) names += (k > 1 ? ", " : "") + std::string(kActivations[k].name);
+  return names;
+}
+
 inline ActivationSpec require_activation(std::optional<c10::string_view> name, std::optional<double> param) {
   ActivationSpec spec;
   if (name.has_value()) {
-    const int found = find_activation(std::string(*name).c_str());
-    std::string known;
-    for (int k = 1; k < kActivationCount; ++k)
-      known += (k > 1 ? ", " : "") + std::string(kActivations[k].name);
-    TORCH_CHECK_VALUE(found > 0, "expected activation one of ", known, " or None, but got ", *name);
-    spec.kind = static_cast<Activation>(found);
+    int k = 1;  // 0 is none
+    while (k < kActivationCount && *name != kActivations[k].name) ++k;
+    TORCH_CHECK_VALUE(k < kActivationCount, "expected activation one of ", activation_names(),
+                      " or None, but got ", *name);
+    spec.kind = static_cast<Activation>(k);
   }
   const ActivationEntry& entry = activation_entry(spec.kind);
   TORCH_CHECK_VALUE(!param.has_value() || entry.takes_parameter,
@@ -124,8 +133,6 @@ inline ActivationSpec require_activation(std::optional<c10::string_view> name, s
   spec.param = param.value_or(entry.parameter);
   return spec;
 }
-
-inline bool present(const std::optional<at::Tensor>& t) { return t.has_value() && t->defined(); }
 
 inline void require_running_pair(const std::optional<at::Tensor>& mean, const std::optional<at::Tensor>& var,
                                  bool training) {
@@ -147,6 +154,7 @@ inline void require_counter(const std::optional<at::Tensor>& counter, const at::
 inline void require_writable(const at::Tensor& t) {
   TORCH_CHECK(!t.is_inference() || c10::InferenceMode::is_enabled(),
               "Inplace update to inference tensor outside InferenceMode is not allowed.");
+  at::assert_no_internal_overlap(t);
 }
 
 inline void require_not_differentiable(const char* name, const std::optional<at::Tensor>& t) {
@@ -184,8 +192,8 @@ inline void require_slope_source(const std::optional<at::Tensor>& residual,
 }
 
 // Of batch_norm_. The parameter is rounded to what x is computed in, where little of it may be left.
-inline void require_invertible(const ActivationSpec& activation, const at::Tensor& x) {
-  const bool wide = x.scalar_type() == at::kDouble;
+inline void require_invertible(const ActivationSpec& activation, at::ScalarType x) {
+  const bool wide = x == at::kDouble;
   const double param = wide ? activation.param : static_cast<float>(activation.param);
   TORCH_CHECK_VALUE(
       is_invertible(activation.kind, param),

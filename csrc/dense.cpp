@@ -1,7 +1,6 @@
 // Allocates what a call gives, fills in its plain arguments, and runs it.
 #include "dense.h"
 
-#include <ATen/MemoryOverlap.h>
 #include <ATen/ops/ones.h>
 #include <ATen/ops/zeros.h>
 
@@ -30,9 +29,6 @@ struct Parameter {
   ChannelVector vector() const {
     return dense.defined() ? ChannelVector{dense.data_ptr(), dtype_of(dense.scalar_type())} : ChannelVector{};
   }
-  void require_writable() const {
-    if (original.defined()) at::assert_no_internal_overlap(original);
-  }
   void finish() const {
     if (!dense.is_same(original)) original.copy_(dense);
   }
@@ -51,10 +47,6 @@ at::Tensor run_forward(const ForwardCall& call, const Input& input, const at::Te
   const at::Tensor& x = input.dense;
   const at::Tensor residual = dense_like(input, call.residual);
   const Parameter w(call.weight), b(call.bias), mean(call.running_mean), var(call.running_var);
-  if (call.training) {
-    mean.require_writable();
-    var.require_writable();
-  }
   at::Tensor stats = empty_vector({call.stats_rows(), x.size(1)}, at::kDouble, x);
   ForwardArgs args;
   args.extent = input.extent;

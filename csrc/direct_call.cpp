@@ -63,6 +63,12 @@ bool read(PyObject* object, c10::SmallVector<int64_t, 4>& values) {
   return true;
 }
 
+// All of them, in order.
+template <class... Values>
+bool read_all(PyObject* const* args, Py_ssize_t count, Values&... values) {
+  return count == Py_ssize_t{sizeof...(values)} && (read(*args++, values) && ...);
+}
+
 }  // namespace
 
 PyObject* batch_norm_direct(PyObject*, PyObject* const* args, Py_ssize_t count) {
@@ -76,14 +82,10 @@ PyObject* batch_norm_direct(PyObject*, PyObject* const* args, Py_ssize_t count) 
   ActivationName activation;
   std::optional<double> activation_param;
   bool for_backward = false, skip_nonfinite = false;
-  const bool direct = count == 16 && read(args[0], x) && read(args[1], residual) && read(args[2], weight) &&
-                      read(args[3], bias) && read(args[4], running_mean) && read(args[5], running_var) &&
-                      read(args[6], num_batches_tracked) && read(args[7], training) &&
-                      read(args[8], momentum) && read(args[9], eps) && read(args[10], unbiased_running_var) &&
-                      read(args[11], ndims) && read(args[12], activation) &&
-                      read(args[13], activation_param) && read(args[14], for_backward) &&
-                      read(args[15], skip_nonfinite) && !at::impl::torch_function_mode_enabled() &&
-                      !torch::jit::tracer::isTracing();
+  const bool direct = read_all(args, count, x, residual, weight, bias, running_mean, running_var,
+                               num_batches_tracked, training, momentum, eps, unbiased_running_var, ndims,
+                               activation, activation_param, for_backward, skip_nonfinite) &&
+                      !at::impl::torch_function_mode_enabled() && !torch::jit::tracer::isTracing();
   if (!direct) Py_RETURN_NONE;
   at::Tensor y;
   {

@@ -156,6 +156,22 @@ py::dict build_info() {
   return info;
 }
 
+// What the operators say to an activation, for who wants to know before there is an input.
+void check_activation(const std::optional<std::string>& name, std::optional<double> param, bool inplace) {
+  const bnext::ActivationSpec spec =
+      bnext::require_activation(name ? bnext::ActivationName(*name) : std::nullopt, param);
+  if (inplace) bnext::require_invertible(spec, at::kDouble);  // in a narrower type a call may still refuse
+}
+
+// Their names but none's, those that `chosen` picks.
+py::tuple activations(bool (*chosen)(bnext::Activation)) {
+  py::list names;
+  for (int k = 1; k < bnext::kActivationCount; ++k) {
+    if (chosen(static_cast<bnext::Activation>(k))) names.append(bnext::kActivations[k].name);
+  }
+  return names;
+}
+
 PyMethodDef batch_norm_method = {
     "batch_norm", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(bnext::batch_norm_direct)),
     METH_FASTCALL, nullptr};
@@ -168,6 +184,12 @@ PYBIND11_MODULE(_C, m) {
   m.def("empty_cache", bnext::cpu::empty_cache, py::call_guard<py::gil_scoped_release>());
   m.def("cached_bytes", bnext::cpu::cached_bytes);
   m.def("set_cache_limit", bnext::cpu::set_cache_limit, py::arg("bytes"));
+  m.def("check_activation", check_activation, py::arg("activation"), py::arg("activation_param"),
+        py::arg("inplace"));
+  m.attr("ACTIVATIONS") = activations([](bnext::Activation) { return true; });
+  m.attr("WITH_PARAMETER") =
+      activations([](bnext::Activation kind) { return bnext::activation_entry(kind).takes_parameter; });
+  m.attr("MASKED") = activations(bnext::is_masked);
   bnext::bind_plans(m);
   m.attr("batch_norm") = py::reinterpret_steal<py::object>(PyCFunction_New(&batch_norm_method, nullptr));
 }

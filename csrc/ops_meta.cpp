@@ -25,7 +25,7 @@ ForwardResult forward_meta(const ForwardCall& call) {
 
 at::Tensor inplace_meta(const ForwardCall& call) {
   call.check();
-  require_invertible(call.activation, call.x);
+  require_invertible(call.activation, call.x.scalar_type());
   return stats_of(call);
 }
 

@@ -2,6 +2,7 @@
 #include "plan.h"
 
 #include <algorithm>
+#include <numeric>
 
 namespace bnext {
 namespace {
@@ -27,18 +28,6 @@ constexpr int64_t kFirstCache = 48 << 10;     // bytes: an L1 cache that holds w
 constexpr int64_t kFewParts = 16;             // parts that still balance, give or take a half
 constexpr int64_t kMaxParts = 64;  // slabs * chunks aimed at: enough for any thread count to balance
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
-
-int64_t gcd(int64_t a, int64_t b) {
-  while (b != 0) {
-    const int64_t rest = a % b;
-    a = b;
-    b = rest;
-  }
-  return a;
-}
-
 // Of the multiples of `unit` up to `most` and down to half of it the one that leaves the busiest thread the
 // fewest channels; the widest of several.
 int64_t balanced(int64_t most, int64_t unit, int64_t channels, int64_t threads) {
@@ -60,7 +49,7 @@ Geometry make_geometry(const Extent& extent, bool maps_only) {
   geometry.traversal = planes ? Traversal::planes : Traversal::rows;
   const int64_t row = e.channels * e.inner;
   if (geometry.traversal == Traversal::rows && row > 0 && row < kFoldColumns) {
-    const int64_t whole = kLanes / gcd(row, kLanes);  // rows per whole number of vectors
+    const int64_t whole = kLanes / std::gcd(row, kLanes);  // rows per whole number of vectors
     const int64_t fold = round_up(ceil_div(kFoldColumns, row), whole);
     if (e.outer >= 4 * fold) geometry.fold = fold;
   }
@@ -111,7 +100,7 @@ Plan make_plan(const Problem& problem, const Machine& machine) {
   bool fits = true;
   if (plan.geometry.traversal == Traversal::planes) {
     const int64_t unit =
-        kLineBytes / gcd(e.inner * element, kLineBytes);  // channels per whole number of lines
+        kLineBytes / std::gcd(e.inner * element, kLineBytes);  // channels per whole number of lines
     const int64_t run_bytes = maps_only ? std::min(tensor_bytes / parts, kMapBytes) : kRunBytes;
     const int64_t wanted = round_up(ceil_div(run_bytes, e.inner * element), unit);
     const int64_t affordable =
@@ -128,7 +117,7 @@ Plan make_plan(const Problem& problem, const Machine& machine) {
     plan.slab_channels = e.channels;
     fits = e.channels * channel_bytes <= share;
   } else {
-    const int64_t unit = kLanes / gcd(e.inner, kLanes);  // channels per whole number of vectors
+    const int64_t unit = kLanes / std::gcd(e.inner, kLanes);  // channels per whole number of vectors
     const int64_t widest = std::max(unit, kTileBytes / element / e.inner / unit * unit);
     const int64_t narrowest =
         std::min({widest, e.channels, round_up(ceil_div(kColumnBytes, e.inner * element), unit)});

@@ -12,6 +12,9 @@
 
 namespace bnext {
 
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+
 // planes: long runs of one channel. rows: short runs or channels last, walked as a matrix whose columns are
 // elements.
 enum class Traversal : uint8_t { planes, rows };
@@ -34,8 +37,7 @@ struct Problem {
   bool input_grad = true;  // backward: dx is wanted
   bool from_input = true;  // backward: finds dz with x, not with dy and a mask alone
 
-  constexpr Problem(const Extent& of, Dtype type, Pass kind, bool with_residual = false,
-                    bool with_mask = false)
+  constexpr Problem(const Extent& of, Dtype type, Pass kind, bool with_residual, bool with_mask)
       : extent(of), dtype(type), pass(kind), residual(with_residual), mask(with_mask) {}
   Problem(const ForwardArgs& args, Pass kind)
       : Problem(args.extent, args.dtype, kind, args.residual != nullptr, args.mask != nullptr) {
@@ -67,7 +69,7 @@ struct Geometry {
   constexpr int64_t row_length() const { return fold * extent.channels * extent.inner; }
   // Positions that chunks divide: elements of a channel (planes), or rows, the last of which may be short.
   constexpr int64_t positions() const {
-    return traversal == Traversal::planes ? extent.count() : (extent.outer + fold - 1) / fold;
+    return traversal == Traversal::planes ? extent.count() : ceil_div(extent.outer, fold);
   }
 };
 

@@ -1,4 +1,4 @@
-// The classes Plan, CudaPlan and Device of bnext._C, and the functions that make them.
+// The classes Plan, CudaPlan and CudaDevice of bnext._C, and the functions that make them.
 #include "plan_bindings.h"
 
 #include <ATen/Parallel.h>
@@ -33,7 +33,7 @@ Dtype dtype_named(const std::string& name) {
 }
 
 // A forward pass with the batch's statistics is one of training: it leaves the mask that backward reads.
-Problem problem_of(const std::vector<int64_t>& shape, const std::string& dtype, const std::string& layout,
+Problem problem_of(const std::vector<int64_t>& shape, const std::string& dtype, bool channels_last,
                    bool training, bool backward, bool residual, const ActivationName& activation) {
   if (shape.size() < 2) throw py::value_error("expected a shape of at least 2 dimensions");
   int64_t numel = 1;
@@ -47,10 +47,7 @@ Problem problem_of(const std::vector<int64_t>& shape, const std::string& dtype, 
     throw py::value_error(
         c10::str("expected fewer than 2^48 elements, but got shape ", at::IntArrayRef(shape)));
   }
-  if (layout != "contiguous" && layout != "channels_last") {
-    throw py::value_error("expected layout contiguous or channels_last, but got " + layout);
-  }
-  const auto order = layout == "contiguous" ? Layout::contiguous : Layout::channels_last;
+  const auto order = channels_last ? Layout::channels_last : Layout::contiguous;
   const auto pass = backward ? (training ? Pass::backward : Pass::frozen_backward)
                              : (training ? Pass::forward : Pass::inference);
   const Activation kind = require_activation(activation, std::nullopt).kind;
@@ -59,20 +56,20 @@ Problem problem_of(const std::vector<int64_t>& shape, const std::string& dtype, 
   return {extent_of(shape, order), dtype_named(dtype), pass, read, mask};
 }
 
-Plan cpu_plan(const std::vector<int64_t>& shape, const std::string& dtype, const std::string& layout,
-              bool training, bool backward, std::optional<int> threads, bool residual,
+Plan cpu_plan(const std::vector<int64_t>& shape, const std::string& dtype, bool channels_last, bool training,
+              bool backward, std::optional<int> threads, bool residual,
               std::optional<std::string> activation) {
   const int used = threads.value_or(at::get_num_threads());
   if (used < 1) throw py::value_error("expected at least 1 thread, but got " + std::to_string(used));
-  return make_plan(problem_of(shape, dtype, layout, training, backward, residual, activation),
+  return make_plan(problem_of(shape, dtype, channels_last, training, backward, residual, activation),
                    cpu::machine(used));
 }
 
-cuda::Plan cuda_plan(const std::vector<int64_t>& shape, const std::string& dtype, const std::string& layout,
+cuda::Plan cuda_plan(const std::vector<int64_t>& shape, const std::string& dtype, bool channels_last,
                      bool training, bool backward, const cuda::Device& device, bool residual,
                      std::optional<std::string> activation, const std::string& engine) {
-  return cuda::make_plan(problem_of(shape, dtype, layout, training, backward, residual, activation), device,
-                         true, cuda::choice_named(engine));
+  return cuda::make_plan(problem_of(shape, dtype, channels_last, training, backward, residual, activation),
+                         device, true, cuda::choice_named(engine));
 }
 
 cuda::Device described(int multiprocessors, double bandwidth, int64_t l2, int64_t shared_memory,
@@ -204,11 +201,11 @@ void bind_plans(py::module_& m) {
       .def_readonly("bytes_minimum", &cuda::Plan::bytes_minimum)
       .def_readonly("floor_seconds", &cuda::Plan::floor_seconds)
       .def("__repr__", cuda_plan_text);
-  m.def("plan", cpu_plan, py::arg("shape"), py::arg("dtype"), py::arg("layout"), py::arg("training"),
+  m.def("plan", cpu_plan, py::arg("shape"), py::arg("dtype"), py::arg("channels_last"), py::arg("training"),
         py::arg("backward"), py::arg("threads"), py::arg("residual"), py::arg("activation"));
-  m.def("cuda_plan", cuda_plan, py::arg("shape"), py::arg("dtype"), py::arg("layout"), py::arg("training"),
-        py::arg("backward"), py::arg("device"), py::arg("residual"), py::arg("activation"),
-        py::arg("engine"));
+  m.def("cuda_plan", cuda_plan, py::arg("shape"), py::arg("dtype"), py::arg("channels_last"),
+        py::arg("training"), py::arg("backward"), py::arg("device"), py::arg("residual"),
+        py::arg("activation"), py::arg("engine"));
   m.def("cuda_device", real_device, py::arg("index"));
 }
 

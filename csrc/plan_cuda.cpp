@@ -109,8 +109,7 @@ Tiling rows_map(const Extent& e, int lanes, const Device& device) {
 // Whether resident is sure to gain: one launch beside two, where nothing waits.
 bool is_sure_to_gain(const Plan& resident, int lanes, bool aligned, const char*& why) {
   const Tiling& t = resident.reduce;
-  if (!aligned ||
-      (t.traversal == Traversal::rows && (t.row_length % lanes != 0 || t.group_width % lanes != 0))) {
+  if (!aligned || (t.traversal == Traversal::rows && !t.whole_vectors(lanes))) {
     why = "vectors of rows lie off boundaries";
   } else if (t.chunks > 1) {  // on an H200 0.94 to 1.97 times as long
     why = "blocks that share a slab mostly lose more by meeting than reading it twice costs";
@@ -164,7 +163,7 @@ Plan make_plan(const Problem& problem, const Device& device, bool aligned, Choic
   plan.maps = tensors.read_by_map > 0;
   const Extent& e = plan.extent;
   const int64_t element = size_of(problem.dtype);
-  const int lanes = static_cast<int>(kVectorBytes / element);
+  const int lanes = lanes_of(problem.dtype);
   if (e.numel() == 0) {  // nothing to walk: one block counts the batch
     plan.reduces = false;
     plan.maps = problem.output && (problem.pass == Pass::forward || problem.pass == Pass::inference);

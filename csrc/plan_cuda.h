@@ -32,8 +32,8 @@ struct Device {
 constexpr int kVectorBytes = 16;
 constexpr int kWarp = 32;
 
-constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+// Elements of a vector.
+constexpr int lanes_of(Dtype dtype) { return kVectorBytes / static_cast<int>(size_of(dtype)); }
 
 // streaming: a kernel that reduces, a kernel that maps. With fixed statistics one of them does: that which
 // reduces writes dx as well, where dweight or dbias is wanted.
@@ -67,6 +67,10 @@ struct Tiling {
     return kWarp % vectors == 0 ? threads / kWarp : height;
   }
   constexpr int64_t positions() const { return traversal == Traversal::planes ? rows * vectors : rows; }
+  // Whether all vectors lie on boundaries in a tensor that begins on one.
+  constexpr bool whole_vectors(int lanes) const {
+    return row_length % lanes == 0 && group_width % lanes == 0;
+  }
 };
 
 struct Plan {
@@ -140,8 +144,7 @@ bool make_resident(const Problem& problem, const Device& device, bool aligned, P
 
 // aligned: every tensor begins at a multiple of 16 bytes.
 // std::invalid_argument where what was chosen cannot be.
-Plan make_plan(const Problem& problem, const Device& device, bool aligned = true,
-               Choice choice = Choice::automatic);
+Plan make_plan(const Problem& problem, const Device& device, bool aligned, Choice choice);
 
 const char* name(Engine engine);
 

@@ -120,8 +120,7 @@ void share(Plan& plan, Tiling& t, const Room& room, const Device& device, int64_
 
 // Whether vectors of every slab lie in runs long enough, and in the order of threads.
 bool has_long_runs(const Tiling& t, int lanes) {
-  if (t.row_length % lanes != 0 || t.group_width % lanes != 0 || t.row_length % t.group_width != 0)
-    return false;
+  if (!t.whole_vectors(lanes) || t.row_length % t.group_width != 0) return false;
   if (t.traversal == Traversal::planes) return t.vectors * kVectorBytes >= kBulkBytes;
   const int64_t run = t.group_width == t.row_length ? t.vectors * t.chunk : t.vectors;
   return run * kVectorBytes >= kBulkBytes && t.threads == t.vectors * t.height;
@@ -137,8 +136,8 @@ bool make_resident(const Problem& problem, const Device& device, bool aligned, P
   if (!plan.reduces || !plan.maps) return refuse("there is nothing to keep");
   if (problem.dtype == Dtype::float64) return refuse("float64 streams");
   const Extent& e = plan.extent;
-  const int64_t element = size_of(problem.dtype), inputs = traffic(problem).read_by_reduce;
-  const int lanes = static_cast<int>(kVectorBytes / element);
+  const int64_t inputs = traffic(problem).read_by_reduce;
+  const int lanes = lanes_of(problem.dtype);
   const int most = std::min(kThreads, device.block_threads / kWarp * kWarp);
   Tiling t =
       plan.reduce.traversal == Traversal::planes ? planes(e, lanes, aligned, most) : rows(e, lanes, most);

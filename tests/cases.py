@@ -94,6 +94,7 @@ MISALIGNED_LAYOUTS = [
 
 LAYOUTS = KEPT_LAYOUTS + OTHER_LAYOUTS + MISALIGNED_LAYOUTS
 LAYOUT = {layout.name: layout for layout in LAYOUTS}
+KEPT_OF_RANK = {rank: [layout for layout in KEPT_LAYOUTS if layout.rank == rank] for rank in range(2, 6)}
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from cases import (
     FLOAT32,
     FLOAT64,
     KEPT_LAYOUTS,
+    KEPT_OF_RANK,
     LAYOUT,
     SHAPE_OF_RANK,
     TRAIN,
@@ -169,12 +170,11 @@ def test_outliers_where_the_center_is_looked_for(
     "shape", [(64, 19), (8, 19, 7), (4, 19, 7, 7), (3, 19, 40, 40), (2, 19, 3, 3, 3)], ids=str
 )
 def test_poison_stays_in_its_channel(shape: tuple[int, ...], poison: float, device: str) -> None:
-    names = {2: ["nc"], 3: ["ncl"], 4: ["nchw", "nhwc"], 5: ["ncdhw", "ndhwc"]}[len(shape)]
     others = [channel for channel in range(shape[1]) if channel != 8]
-    for name in names:
+    for layout in KEPT_OF_RANK[len(shape)]:
         results = []
         for value in (0.0, poison):
-            problem = make(shape, LAYOUT[name], FLOAT32, TRAIN, device=device)
+            problem = make(shape, layout, FLOAT32, TRAIN, device=device)
             problem.x[(1, 8, *[0] * (len(shape) - 2))] = value
             leaves = problem.require_grad()
             y = problem.forward()

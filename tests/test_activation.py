@@ -34,6 +34,7 @@ from cases import (
 from judged import numpy
 from problem import Problem, make_active
 from test_ops import composed as elementary
+from test_residual import composed
 
 RELU, RELU6, SILU, GELU = Active("relu"), Active("relu6"), Active("silu"), Active("gelu")
 every_active = pytest.mark.parametrize("active", ACTIVE, ids=str)
@@ -150,15 +151,6 @@ def test_three_orders_at_once(mode: Mode, active: Active, device: str) -> None:
     for ours, expected in zip(results[:3], results[3:], strict=True):
         largest = max(float(tensor.detach().abs().max()) for tensor in expected)
         torch.testing.assert_close(ours, expected, rtol=1e-10, atol=1e-12 * largest)
-
-
-def composed(problem: Problem, active: Active) -> Tensor:
-    """torch's two layers. Vectors of 16 bits are widened, for its batch statistics are rounded to their dtype."""
-    wide = torch.promote_types(problem.x.dtype, torch.float32)
-    vectors = (problem.running_mean, problem.running_var, problem.weight, problem.bias)
-    mean, var, weight, bias = (None if t is None else t.to(wide) for t in vectors)
-    z = torch.nn.functional.batch_norm(problem.x, mean, var, weight, bias, problem.batch, 0.0, problem.eps)
-    return active.of(z)
 
 
 @every_active

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -31,6 +31,8 @@ from cases import (
 from operators import BACKWARD, FORWARD, backward_arguments, forward_arguments
 from problem import make_active
 
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
+
 # Ours, torch's, and an input for both.
 PAIRS = {
     "1d": (bnext.BatchNorm1d, nn.BatchNorm1d, (16, 5)),
@@ -44,13 +46,6 @@ ELU = Active("elu", 0.5)
 # Written in the loops, called by them, called with a parameter.
 KINDS = [Active("relu"), Active("silu"), ELU]
 every_kind = pytest.mark.parametrize("active", KINDS, ids=str)
-
-
-@pytest.fixture(autouse=True)
-def fresh_compiler() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 def layer_of(pair: Pair, active: Active, training: bool = True, **options: Any) -> nn.Module:

@@ -18,6 +18,7 @@ from cases import (
     FLOAT32,
     FLOAT64,
     KEPT_LAYOUTS,
+    KEPT_OF_RANK,
     LAYOUT,
     LAYOUTS,
     MATRICES,
@@ -61,9 +62,8 @@ def test_sizes(shape: tuple[int, ...], layout: str, dtypes: Dtypes, device: str)
 @pytest.mark.parametrize("shape", MATRICES + VOLUMES + EXTREMES, ids=str)
 @pytest.mark.parametrize("mode", MODES, ids=str)
 def test_other_ranks_and_extremes(shape: tuple[int, ...], mode: Mode, dtypes: Dtypes, device: str) -> None:
-    names = {2: ["nc"], 3: ["ncl"], 4: ["nchw", "nhwc"], 5: ["ncdhw", "ndhwc"]}[len(shape)]
-    for name in names:
-        problem = make(shape, LAYOUT[name], dtypes, mode, device=device)
+    for layout in KEPT_OF_RANK[len(shape)]:
+        problem = make(shape, layout, dtypes, mode, device=device)
         problem.require_grad()
         problem.forward().backward(problem.dy)
         problem.check_grads()

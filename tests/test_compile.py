@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -12,16 +11,12 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import bnext
+from test_activation_layers import assert_same_bits, step
+
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
 SHAPES = {"1d": (8, 5), "2d": (4, 5, 6, 7), "3d": (2, 5, 3, 4, 5)}
 LAYERS = {"1d": bnext.BatchNorm1d, "2d": bnext.BatchNorm2d, "3d": bnext.BatchNorm3d}
-
-
-@pytest.fixture(autouse=True)
-def fresh_compiler() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 def layer_of(kind: str, training: bool, **options: Any) -> nn.Module:
@@ -35,20 +30,6 @@ def layer_of(kind: str, training: bool, **options: Any) -> nn.Module:
 def input_of(kind: str) -> Tensor:
     torch.manual_seed(4)
     return torch.randn(SHAPES[kind])
-
-
-def step(call: Any, layer: nn.Module, x: Tensor) -> list[Tensor]:
-    x = x.clone().requires_grad_()
-    layer.zero_grad()
-    y = call(x)
-    (y * torch.linspace(-1, 1, y.numel()).view_as(y)).sum().backward()
-    tensors = [y, x.grad, *(p.grad for p in layer.parameters()), *layer.buffers()]
-    return [tensor.detach().clone() for tensor in tensors]
-
-
-def assert_same_bits(first: list[Tensor], second: list[Tensor]) -> None:
-    for index, (one, other) in enumerate(zip(first, second, strict=True)):
-        assert torch.equal(one, other), index
 
 
 # aot_eager differentiates and functionalises as the default backend does, and compiles nothing, which costs seconds.

@@ -12,6 +12,7 @@ from cases import (
     EXTREMES,
     FLOAT32,
     FLOAT64,
+    KEPT_OF_RANK,
     LAYOUT,
     LAYOUTS,
     MATRICES,
@@ -54,12 +55,11 @@ def test_sizes(shape: tuple[int, ...], layout: str, dtypes: Dtypes, device: str)
 @pytest.mark.parametrize("shape", MATRICES + VOLUMES + EXTREMES, ids=str)
 @pytest.mark.parametrize("mode", MODES, ids=str)
 def test_other_ranks_and_extremes(shape: tuple[int, ...], mode: Mode, dtypes: Dtypes, device: str) -> None:
-    names = {2: ["nc"], 3: ["ncl"], 4: ["nchw", "nhwc"], 5: ["ncdhw", "ndhwc"]}[len(shape)]
-    for name in names:
-        problem = make(shape, LAYOUT[name], dtypes, mode, device=device)
+    for layout in KEPT_OF_RANK[len(shape)]:
+        problem = make(shape, layout, dtypes, mode, device=device)
         y = problem.forward()
         problem.check_output(y)
-        assert y.is_contiguous(memory_format=LAYOUT[name].kept)
+        assert y.is_contiguous(memory_format=layout.kept)
 
 
 @pytest.mark.parametrize("shape", [(3, 4, 2, 3, 2, 3), (2, 3, 2, 1, 2, 3, 2)], ids=str)

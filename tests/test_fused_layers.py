@@ -40,13 +40,12 @@ from test_activation_layers import (
     Pair,
     assert_same_bits,
     every_pair,
-    fresh_compiler,
     input_of,
     through_pickle,
     through_save,
 )
 
-__all__ = ["fresh_compiler"]  # a fixture
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
 ELU = Active("elu", 0.5)
 # A mask is kept, a residual, nothing.

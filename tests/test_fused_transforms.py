@@ -15,9 +15,8 @@ from bnext.functional import batch_norm
 from cases import FLOAT32, FLOAT64, LAYOUT, TRAIN, Active
 from operators import FORWARD, INPLACE
 from problem import Problem, make_active
-from test_activation_layers import fresh_compiler
 
-__all__ = ["fresh_compiler"]  # a fixture
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
 # With a residual: by a mask, by itself, by nothing; over the input: one of each that can be inverted.
 RESIDUAL = [(active, False) for active in (Active("leaky_relu"), Active("silu"), None)]

@@ -18,9 +18,6 @@ from bnext.modules import FusedBatchNorm
 from bnext.tracing import trace
 from cases import ACTIVE, Active
 from networks import NETWORKS, BasicBlock, Net, images, make, stack, step
-from test_activation_layers import fresh_compiler
-
-__all__ = ["fresh_compiler"]  # a fixture
 
 # Two float64 computations of a network of a few layers with weights around 1: some hundred roundings, enlarged by
 # the division by a standard deviation in each layer.
@@ -212,7 +209,8 @@ def test_identities_stand_in_nobodys_way() -> None:
     torch.testing.assert_close(step(fused, images()), step(network, images()), **CLOSE)
 
 
-def test_compiles_copies_and_loads(fresh_compiler: None) -> None:
+@pytest.mark.usefixtures("fresh_compiler")
+def test_compiles_copies_and_loads() -> None:
     fused = bnext.fuse(make(NETWORKS["torchvision"]), images())
     expected = step(copy.deepcopy(fused), images())
     buffer = io.BytesIO()

@@ -120,14 +120,6 @@ def test_faults_are_reported(examined: dict[str, kernels.Kernel], name: str, com
         assert fault.startswith(f"{name} for 9.0 ") and complaint in fault
 
 
-def test_an_exempt_kernel_needs_a_reason(
-    examined: dict[str, kernels.Kernel], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    assert all(kernels.EXEMPT.values())
-    monkeypatch.setitem(kernels.EXEMPT, "scalar_kernel", "it is a test")
-    assert examined["scalar_kernel"].faults() == []
-
-
 def test_a_file_without_kernels_has_none(toolkit: nvcc.Toolkit, tmp_path: Path) -> None:
     source = tmp_path / "empty.cu"
     source.write_text("int host() { return 1; }\n")

@@ -286,3 +286,13 @@ def test_checkpointing_updates_twice_as_torch_does(device: str) -> None:
     assert ours.num_batches_tracked.item() == theirs.num_batches_tracked.item()
     torch.testing.assert_close(ours.running_var, theirs.running_var, **CLOSE)
     torch.testing.assert_close(ours.weight.grad, theirs.weight.grad, **CLOSE)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("activation", nn.ReLU()), ("activation_param", "0.1"), ("activation_param", [1.0])],
+    ids=str,
+)
+def test_what_is_of_another_type(name: str, value: object) -> None:
+    with pytest.raises(TypeError, match=f"expected {name} as a n"):
+        bnext.BatchNorm1d(3, **({"activation": "elu"} | {name: value}))

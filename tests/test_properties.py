@@ -52,6 +52,7 @@ def layouts(draw: st.DrawFn, rank: int) -> Layout:
     repeated = draw(st.sampled_from([None] * 6 + list(range(2, rank))))
 
     def arrange(x: Tensor) -> Tensor:
+        shape = x.shape
         if repeated is not None:
             x = x.narrow(repeated, 0, 1)
         extents = [size * step for size, step in zip(x.shape, steps, strict=True)]
@@ -64,14 +65,7 @@ def layouts(draw: st.DrawFn, rank: int) -> Layout:
             return view
         return view.expand([shape[d] if d == repeated else -1 for d in range(rank)])
 
-    shape: tuple[int, ...] = ()
-
-    def remembering(x: Tensor) -> Tensor:
-        nonlocal shape
-        shape = tuple(x.shape)
-        return arrange(x)
-
-    return Layout("any", rank, CONTIGUOUS, remembering)
+    return Layout("any", rank, CONTIGUOUS, arrange)
 
 
 @st.composite

@@ -188,12 +188,13 @@ def test_any_subset(
 
 
 def composed(problem: Problem, active: Active | None) -> Tensor:
-    """torch's three steps. Vectors of 16 bits are widened, for its batch statistics are rounded to their dtype."""
+    """torch's steps one by one. Vectors of 16 bits are widened, for its batch statistics are rounded to their dtype."""
     wide = torch.promote_types(problem.x.dtype, torch.float32)
     vectors = (problem.running_mean, problem.running_var, problem.weight, problem.bias)
     mean, var, weight, bias = (None if t is None else t.to(wide) for t in vectors)
     z = torch.nn.functional.batch_norm(problem.x, mean, var, weight, bias, problem.batch, 0.0, problem.eps)
-    z = z + problem.residual
+    if problem.residual is not None:
+        z = z + problem.residual
     return z if active is None else active.of(z)
 
 

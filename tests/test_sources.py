@@ -2,7 +2,7 @@
 
     bnext/   fusion -> fused_graph, equality -> conversion -> modules -> functional, sync -> the operators
              (reference stands beside them and knows NumPy only; tracing, fused_forward, torch_activations torch only)
-    csrc/    library -> direct_call, autograd, nodes, double_backward, ops, phases, dense, calls, checks (tensors)
+    csrc/    library -> autograd, nodes, ops, phases, dense, calls, checks and whatever else is not below (tensors)
                      -> engine (devices) -> cpu/, cuda/ (loops)
                      -> plan, plan_cuda, dispatch, formulas, args, storage (plain)
 
@@ -37,31 +37,10 @@ PLAIN = {
     "plan_cuda.cpp",
     "plan_resident.cpp",
 }
-TENSOR_LEVEL = {
-    "calls.h",
-    "checks.h",
-    "dense.h",
-    "dense.cpp",
-    "ops.h",
-    "phases.h",
-    "phases.cpp",
-    "ops.cpp",
-    "ops_meta.cpp",
-    "autograd.cpp",
-    "nodes.h",
-    "direct_call.h",
-    "direct_call.cpp",
-    "double_backward.h",
-    "double_backward.cpp",
-    "engine.h",
-    "engine.cpp",
-    "engine_cuda.h",
-    "engine_cuda.cpp",
-    "output_memory.h",
-    "output_memory.cpp",
-    "plan_bindings.h",
-    "plan_bindings.cpp",
-}
+# All else beside the kernels' folders, but for the table of contents.
+TENSOR_LEVEL = (
+    {path.name for path in CSRC.iterdir() if path.suffix in {".h", ".cpp"}} - PLAIN - {"library.cpp"}
+)
 PRIMITIVES = {"primitives.cuh", "primitives_together.cuh"}
 TORCH = re.compile(r"^(ATen|c10|torch|pybind11)/")
 
@@ -202,7 +181,7 @@ LOWER: dict[str, set[str]] = {
     "functional.py": {"._C", ".holding"},
     "holding.py": set(),
     "freezing.py": {".modules"},
-    "batching.py": set(),
+    "batching.py": {"._C"},
     "memory.py": {"._C"},
     "fusion.py": {
         ".attributes",

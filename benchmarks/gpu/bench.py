@@ -119,20 +119,18 @@ def line(result: results.Result, copy_rate: float) -> str:
 
 
 def measure_all(bench: Bench, copy_rate: float, deadline: float, only: Sequence[str] = ()) -> None:
-    def names_of(case: Case, compiled: bool) -> tuple[str, ...]:
-        return tuple(name for name in timing.wanted(case, compiled) if not only or name in only)
-
-    plain = [(case, names_of(case, False)) for case in all_cases()]
-    compiled = [(case, names_of(case, True)) for case in all_cases() if is_compiled(case)]
-    if only and "compile" not in only:
-        compiled = []
+    every = [name for name in timing.IMPLEMENTATIONS if not only or name in only]
+    plain = [name for name in every if name != "compile"]
+    left = [(case, plain) for case in all_cases()]
+    if "compile" in every:
+        left += [(case, every) for case in all_cases() if is_compiled(case)]
     bench.guarded(HOST, bench.host)
-    for position, (case, names) in enumerate(plain + compiled):
+    while left:
         if time.monotonic() > deadline:
-            left = len(plain) + len(compiled) - position
-            bench.failures.append(f"out of time: {left} cases were left out")
+            bench.failures.append(f"out of time: {len(left)} cases were left out")
             print(f"FAILED {bench.failures[-1]}", flush=True)
             return
+        case, names = left.pop(0)
         bench.guarded(
             case, lambda case=case, names=names: print(line(bench.case(case, names), copy_rate), flush=True)
         )

@@ -59,18 +59,18 @@ def _seconds(call: Callable[[], object], repeats: int) -> float:
     return statistics.median(rounds[1:])
 
 
-def rates(device: str, buffer_bytes: int = BUFFER_BYTES) -> dict[str, float]:
+def rates(device: str) -> dict[str, float]:
     """copy: bytes read and written per second by y.copy_(x); read: by x.sum(); node: seconds per kernel of a graph.
 
     The kernels of the graph add to one element: each waits for the one before it, as layers do.
     """
-    x, y = (torch.zeros(buffer_bytes // 4, device=device) for _ in range(2))
+    x, y = (torch.zeros(BUFFER_BYTES // 4, device=device) for _ in range(2))
     end = time.monotonic() + WARM_UP_SECONDS
     while time.monotonic() < end:
         y.copy_(x)
         torch.cuda.synchronize()
-    copy = 2 * buffer_bytes / _seconds(lambda: y.copy_(x), REPEATS)
-    read = buffer_bytes / _seconds(x.sum, REPEATS)
+    copy = 2 * BUFFER_BYTES / _seconds(lambda: y.copy_(x), REPEATS)
+    read = BUFFER_BYTES / _seconds(x.sum, REPEATS)
     one = torch.zeros(1, device=device)
     one.add_(1)
     torch.cuda.synchronize()

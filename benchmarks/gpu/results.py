@@ -27,9 +27,9 @@ class Result:
         rounds = self.seconds.get(name)
         return statistics.median(rounds) if rounds else None
 
-    def ratio(self, peer: str, subject: str = "bnext") -> float | None:
-        """How many times faster than the peer."""
-        own, other = self.median(subject), self.median(peer)
+    def ratio(self, peer: str) -> float | None:
+        """How many times faster than the peer bnext is."""
+        own, other = self.median("bnext"), self.median(peer)
         return None if own is None or other is None else other / own
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -85,14 +85,10 @@ def backend(name: str) -> AbstractContextManager[None]:
 def takes_cudnn(case: Case, x: Tensor) -> bool:
     """Whether torch would call cuDNN for the case."""
     module = peers.norm_module(case).to(x.device)
-    select = getattr(torch._C, "_select_batch_norm_backend", None)
-    if select is None:  # what torch's Normalization.cpp decides by, as far as these cases differ in it
-        return x.dim() > 2 and x.dtype != torch.bfloat16 and x.numel() < 2**31
+    state = (module.weight, module.bias, module.running_mean, module.running_var)
     with backend("cudnn"):
-        state = (module.weight, module.bias, module.running_mean, module.running_var)
-        return bool(
-            select(x, *state, case.operation != "eval", module.eps) == torch._C._BatchNormBackend.Cudnn
-        )
+        chosen = torch._C._select_batch_norm_backend(x, *state, case.operation != "eval", module.eps)
+    return bool(chosen == torch._C._BatchNormBackend.Cudnn)
 
 
 def build(name: str, case: Case, data: Data) -> Subject:
@@ -156,17 +152,12 @@ def flusher(l2_bytes: int, device: str) -> Callable[[], object]:
     return buffer.sum
 
 
-def measure(graphs: dict[str, Graph], rounds: int = ROUNDS) -> dict[str, list[float]]:
+def measure(graphs: dict[str, Graph]) -> dict[str, list[float]]:
     """A sample of each in an order drawn anew each round."""
     seconds: dict[str, list[float]] = {name: [] for name in graphs}
     names, order = list(graphs), random.Random(0)
-    for _ in range(rounds):
+    for _ in range(ROUNDS):
         order.shuffle(names)
         for name in names:
             seconds[name].append(graphs[name].sample())
     return seconds
-
-
-def wanted(case: Case, compiled: bool) -> Iterator[str]:
-    """The implementations to be measured on the case."""
-    yield from (name for name in IMPLEMENTATIONS if name != "compile" or compiled)

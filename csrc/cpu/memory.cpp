@@ -8,16 +8,13 @@
 #include <mutex>
 #include <vector>
 
-#if defined(__linux__)
 #include <pthread.h>
 #include <sys/mman.h>
 #include <sys/resource.h>
 #include <unistd.h>
-#endif
 
 namespace bnext::cpu {
 
-#if defined(__linux__) && defined(MADV_HUGEPAGE) && defined(MADV_FREE)
 namespace {
 
 constexpr size_t kHugePage = size_t{2} << 20;
@@ -210,15 +207,5 @@ size_t cached_bytes() noexcept {
   const std::lock_guard lock(cache.mutex);
   return cache.bytes;
 }
-
-#else
-
-void* acquire_block(size_t) noexcept { return nullptr; }
-void release_block(void*, size_t) noexcept {}
-size_t empty_cache() noexcept { return 0; }
-size_t cached_bytes() noexcept { return 0; }
-void set_cache_limit(size_t) noexcept {}
-
-#endif
 
 }  // namespace bnext::cpu

@@ -69,12 +69,10 @@ void run(const Plan& plan, Work& work) {
 
   // Of all channels, shared out if they are many.
   auto fold = [&](const Sums* sums) {
-    for_each_task(channels < kSharedFold ? 1 : plan.threads, (channels + kSharedFold - 1) / kSharedFold,
-                  [&](int64_t k) {
-                    const int64_t begin = k * kSharedFold;
-                    work.fold(begin, std::min(begin + kSharedFold, channels),
-                              sums == nullptr ? nullptr : sums + begin);
-                  });
+    for_each_task(channels < kSharedFold ? 1 : plan.threads, ceil_div(channels, kSharedFold), [&](int64_t k) {
+      const int64_t begin = k * kSharedFold;
+      work.fold(begin, std::min(begin + kSharedFold, channels), sums == nullptr ? nullptr : sums + begin);
+    });
   };
 
   if (plan.schedule == Schedule::split && work.reduce != nullptr) {

@@ -98,10 +98,10 @@ void backward(const BackwardArgs& args, const Plan& plan, const Workspace& works
   }
   if (plan.engine == Engine::resident) return resident_backward(args, plan, workspace);
   const bool whole = aligned(args);
-  const int lanes = static_cast<int>(16 / size_of(args.dtype));
+  const int lanes = lanes_of(args.dtype);
   BackwardParams p{args,
                    reduction_of(plan, lanes, whole, workspace),
-                   {plan.extent, plan.map, whole && whole_vectors(plan.map, lanes)},
+                   {plan.extent, plan.map, whole && plan.map.whole_vectors(lanes)},
                    totals_of(args, workspace),
                    plan.streaming_stores ? Reuse::no : Reuse::yes};
   p.args.extent = plan.extent;

@@ -92,9 +92,9 @@ void forward(const ForwardArgs& args, const Plan& plan, const Workspace& workspa
     p.args.batch_statistics = true;  // there are no others to write
   }
   const bool whole = aligned(args);
-  const int lanes = static_cast<int>(16 / size_of(args.dtype));
+  const int lanes = lanes_of(args.dtype);
   p.reduction = reduction_of(plan, lanes, whole, workspace);
-  p.mapping = {plan.extent, plan.map, whole && whole_vectors(plan.map, lanes)};
+  p.mapping = {plan.extent, plan.map, whole && plan.map.whole_vectors(lanes)};
   p.mask = {args.mask, args.extent.numel(),
             lanes == 8 && on_boundary(args.y) &&
                 (plan.map.traversal == Traversal::rows || plan.extent.inner % lanes == 0)};

@@ -55,16 +55,11 @@ inline void fill_zero(const char*, void* data, int64_t bytes, void*) {
 
 inline bool on_boundary(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
 
-// Whether vectors of this tiling all lie on boundaries in a tensor that begins on one.
-inline bool whole_vectors(const Tiling& t, int lanes) {
-  return t.row_length % lanes == 0 && t.group_width % lanes == 0;
-}
-
 inline Reduction reduction_of(const Plan& plan, int lanes, bool aligned, const Workspace& workspace) {
   Sums* const scratch = static_cast<Sums*>(workspace.scratch);  // totals, then partial sums
   return {plan.extent,
           plan.reduce,
-          aligned && whole_vectors(plan.reduce, lanes),
+          aligned && plan.reduce.whole_vectors(lanes),
           plan.early_map,
           scratch == nullptr ? nullptr : scratch + plan.extent.channels,
           workspace.counters};

@@ -46,7 +46,7 @@ bool can_run(const BackwardArgs& args, const Plan& plan) {
 }
 
 void resident_backward(const BackwardArgs& args, const Plan& plan, const Workspace& workspace) {
-  const int lanes = static_cast<int>(16 / size_of(args.dtype));
+  const int lanes = lanes_of(args.dtype);
   const Resident resident = resident_of(plan, lanes, args.residual != nullptr ? 3 : 2, args.dx,
                                         {args.x, args.dy, args.residual, args.dresidual}, workspace);
   Params params{{args, {}, {}, nullptr, plan.streaming_stores ? Reuse::no : Reuse::yes}, resident};

@@ -61,11 +61,11 @@ bool can_run(const ForwardArgs& args, const Plan& plan) {
 }
 
 void resident_forward(const ForwardArgs& args, const Plan& plan, const Workspace& workspace) {
-  const int lanes = static_cast<int>(16 / size_of(args.dtype));
+  const int lanes = lanes_of(args.dtype);
   Params params{forward_params(args, plan),
                 resident_of(plan, lanes, 1, args.y, {args.x, args.residual}, workspace)};
   params.p.mask = {args.mask, args.extent.numel(),
-                   lanes == 8 && on_boundary(args.y) && whole_vectors(plan.reduce, lanes)};
+                   lanes == 8 && on_boundary(args.y) && plan.reduce.whole_vectors(lanes)};
   if (args.mask != nullptr && !params.p.mask.whole_bytes) {
     fill_zero(kName, args.mask, mask_bytes(args.extent.numel()), workspace.stream);
   }

@@ -39,7 +39,7 @@ inline Resident resident_of(const Plan& plan, int lanes, int inputs, const void*
     const uintptr_t distance = reinterpret_cast<uintptr_t>(data) - reinterpret_cast<uintptr_t>(written);
     same_phase &= data == nullptr || distance % 16 == 0;
   }
-  const bool whole = same_phase && on_boundary(written) && whole_vectors(plan.reduce, lanes) &&
+  const bool whole = same_phase && on_boundary(written) && plan.reduce.whole_vectors(lanes) &&
                      plan.extent.numel() % lanes == 0;
   return {{plan.extent, plan.reduce, false, false, static_cast<Sums*>(workspace.scratch), workspace.counters},
           static_cast<unsigned>(plan.together),
