@@ -56,12 +56,16 @@ def _bar_text(bar: Bar) -> str:
     return f"{time}; >= {bar.native:.1f}x{compiled}"
 
 
+def _how(group: Class) -> str:
+    return "sum" if group.summed else "worst"
+
+
 def _class_row(group: Class, operation: str, bar: Bar, run: Run) -> list[str]:
     found = figures(group, operation, run)
     words = verdicts(bar, found)
     in_time = bar.share is None  # the longest time of several shapes says something only where it has a bar
     return [
-        f"**{group.name}**, {'sum' if group.summed else 'worst'}",
+        f"**{group.name}**, {_how(group)}",
         operation,
         "",
         "",
@@ -132,12 +136,21 @@ def rows(run: Run) -> list[list[str]]:
 
 def missed(run: Run) -> list[str]:
     """The bars that were measured and missed, in words."""
-    return [
-        f"{row[0].replace('*', '')} {row[1]}: {row[7] or row[5] + ' us'} and {row[8]}x"
-        f"{', ' + row[10] + 'x compile' if row[10] else ''}, bar {row[11]}"
-        for row in rows(run)
-        if MISSED in row[12].split("; ")
-    ]
+    said = []
+    for group in CLASSES:
+        for operation, bar in group.bars.items():
+            found = figures(group, operation, run)
+            if MISSED not in verdicts(bar, found):
+                continue
+            own = (
+                _number(found.microseconds, "{:.2f} us")
+                if bar.share is None
+                else _number(found.share, "{:.1%}")
+            )
+            compiled = "" if None in (bar.compiled, found.compiled) else f", {found.compiled:.2f}x compile"
+            text = f"{own} and {_number(found.native, '{:.2f}')}x{compiled}, bar {_bar_text(bar)}"
+            said.append(f"{group.name}, {_how(group)} {operation}: {text}")
+    return said
 
 
 def _stage(stage: dict[str, Any]) -> str:
