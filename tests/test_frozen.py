@@ -88,11 +88,20 @@ def test_in_networks(fused: bool) -> None:
         assert torch.equal(t, before[name])
 
 
+class Own(nn.BatchNorm2d):
+    """Somebody's, which may do anything."""
+
+
 def test_refusals() -> None:
     mixed = nn.Sequential(bnext.BatchNorm2d(3), nn.BatchNorm2d(3))
     untracked = nn.Sequential(bnext.BatchNorm2d(3), bnext.BatchNorm2d(3, track_running_stats=False))
     cases: list[tuple[Callable[..., object], nn.Module, str]] = [
-        (bnext.freeze, mixed, "'1' is a torch.nn.modules.batchnorm.BatchNorm2d"),
+        (
+            bnext.freeze,
+            mixed,
+            r"'1' is a torch.nn.modules.batchnorm.BatchNorm2d \(bnext.convert makes them of it",
+        ),
+        (bnext.freeze, nn.Sequential(Own(3)), r"'0' is a .*\.Own \(bnext.convert leaves this one alone"),
         (bnext.unfreeze, mixed, "'1' is a torch.nn.modules.batchnorm.BatchNorm2d"),
         (bnext.freeze, untracked, "with running statistics, but '1' has none"),
         (bnext.freeze, nn.ReLU(), "ReLU has none"),
