@@ -11,9 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-__all__ = ["HOOKS", "captured_modules", "contents", "has_hooks", "same"]
+__all__ = ["HOOKS", "are_hooked", "captured_modules", "contents", "has_hooks", "same"]
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+# Torch's dictionaries of hooks into all modules.
+_OF_ALL = [getattr(nn.modules.module, f"_global{kind}") for kind in HOOKS]
 
 _Contents = tuple[list[object], list[object]]
 _MOST = 100_000  # objects that are looked at: an attribute may lead anywhere
@@ -30,30 +32,35 @@ _NOT_WALKED = (
 
 def has_hooks(module: nn.Module) -> bool:
     """Whether something else happens when it is called."""
-    return any(getattr(module, kind) for kind in HOOKS)
+    return any(getattr(module, kind) for kind in HOOKS) or are_hooked()
+
+
+def are_hooked() -> bool:
+    """Whether all modules are."""
+    return any(_OF_ALL)
 
 
 def contents(module: nn.Module) -> _Contents:
     """Every object that is reached through attributes and containers, and the states of generators among them.
 
-    Of the modules, and of their classes but for torch's.
+    Of the modules' classes, but for torch's, those in containers alone: what else they hold may serve anybody, as a
+    clock or a log does.
     """
     objects: list[object] = []
     states: list[object] = []
     seen: set[int] = set()
-    waiting: list[object] = [vars(part) for part in module.modules()]
-    waiting += [
-        dict(vars(cls)) for part in module.modules() for cls in type(part).__mro__ if not _is_torchs(cls)
-    ]
+    classes = [cls for part in module.modules() for cls in type(part).__mro__ if not _is_torchs(cls)]
+    waiting: list[tuple[object, bool]] = [(vars(part), True) for part in module.modules()]
+    waiting += [(dict(vars(cls)), False) for cls in dict.fromkeys(classes)]
     while waiting and len(objects) < _MOST:
-        value = waiting.pop()
+        value, with_attributes = waiting.pop()
         if id(value) in seen:
             continue
         seen.add(id(value))
         states += _state_of_generator(value)
-        inner = _inside(value)
+        inner = _items(value) or (_attributes(value) if with_attributes else [])
         objects += inner
-        waiting += inner
+        waiting += [(one, with_attributes) for one in inner]
     return objects, states
 
 
@@ -90,11 +97,13 @@ def _content_of(cell: types.CellType) -> object:
         return None
 
 
-def _inside(value: Any) -> list[object]:
+def _items(value: Any) -> list[object]:
     if isinstance(value, dict):
         return [*value.keys(), *value.values()]
-    if isinstance(value, list | tuple | set | frozenset | deque):
-        return [*value]
+    return [*value] if isinstance(value, list | tuple | set | frozenset | deque) else []
+
+
+def _attributes(value: Any) -> list[object]:
     if isinstance(value, _NOT_WALKED):
         return []
     try:

@@ -68,8 +68,10 @@ class _Call:
     def of_none(self) -> _Result:
         """Without examples, in a mapped dimension of size 0: nothing is updated, and outputs have their sizes."""
         outputs = self.check()
-        none = tuple(t.new_empty((0, *t.shape), device=self.given["x"].device) for t in outputs)
-        return none, (0,) * len(none)
+        device = self.given["x"].device
+        if isinstance(outputs, Tensor):
+            return outputs.new_empty((0, *outputs.shape), device=device), 0
+        return tuple(t.new_empty((0, *t.shape), device=device) for t in outputs), (0,) * len(outputs)
 
     def check(self, error: Exception | None = None) -> Any:
         """Raises what one example's call would, with its sizes in the text: for `error`, or before something else.
@@ -221,8 +223,7 @@ def _batch_norm_(info: Info, dims: tuple[Any, ...], *given: Any) -> _Result:
             "mapped input, or inplace=False"
         )
     if not call.count:
-        call.check()
-        return call.given["x"], call.dims["x"]
+        return call.of_none()
     if call.own_counters is not None and call.given["momentum"] is None:
         raise RuntimeError(
             "vmap: with inplace=True and momentum=None, num_batches_tracked is mapped over: expected one counter for "

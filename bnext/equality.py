@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils._pytree import keystr, tree_flatten_with_path, tree_map_only
+from torch.utils._pytree import tree_flatten, tree_map_only
 
 from . import randomness
 from .fused_forward import FusedForward
@@ -23,7 +23,20 @@ __all__ = ["Behaviour"]
 # rounding. The dtypes of the module, where its forward insists on them: the same of 1e-7.
 _CLOSE = {True: (1e-5, 1e-8), False: (5e-2, 1e-3)}
 _PLAIN = (bool, int, float, str)
-_CLOSED = (*_PLAIN, Tensor, nn.Module, type, types.FunctionType, types.MethodType, types.ModuleType)
+_CLOSED = (
+    *_PLAIN,
+    bytes,
+    complex,
+    types.NoneType,
+    torch.Size,
+    Tensor,
+    nn.Module,
+    type,
+    types.FunctionType,
+    types.MethodType,
+    types.ModuleType,
+)
+_MOST = 1000  # objects in an output
 
 
 class Behaviour:
@@ -75,7 +88,7 @@ class Behaviour:
 
     def _same(self, a: Any, b: Any, largest: float) -> bool:
         if not isinstance(a, Tensor) or not isinstance(b, Tensor):
-            if a is b or type(a) is not type(b):
+            if a is b or type(a) is not type(b) or isinstance(a, type):
                 return a is b
             if inspect.getattr_static(type(a), "__eq__") is inspect.getattr_static(object, "__eq__"):
                 raise TypeError(f"a {type(a).__name__} is equal to nothing but itself")
@@ -152,25 +165,41 @@ class Behaviour:
                     yield f"attribute of {name}.{key}", value.detach().clone()
 
 
-def _opened(value: Any, place: str = "0", around: tuple[object, ...] = ()) -> Iterator[tuple[str, Any]]:
-    """What containers and objects hold, by where; of each also what it is. Modules are parts of their own."""
-    leaves, structure = tree_flatten_with_path(value)
-    if not structure.is_leaf():
-        yield f"{place}, its structure", str(structure)
-    for path, leaf in leaves:
-        where = f"{place}{keystr(path)}"
-        attributes = getattr(leaf, "__dict__", None)
-        if (
-            isinstance(leaf, _CLOSED)
-            or not isinstance(attributes, dict)
-            or any(leaf is one for one in around)
-        ):
-            if not isinstance(leaf, nn.Module):
+def _opened(value: Any) -> Iterator[tuple[str, Any]]:
+    """What containers and objects hold, by where: of an object what a pickle of it would, and its class.
+
+    Modules are left out, as parts of their own, and what was met before.
+    """
+    met: list[Any] = []
+    waiting = [("0", value)]
+    while waiting:
+        place, value = waiting.pop()
+        leaves, structure = tree_flatten(value)
+        if not structure.is_leaf():
+            yield f"{place}, its structure", str(structure)
+        for i, leaf in enumerate(leaves):
+            where = place if structure.is_leaf() else f"{place}.{i}"
+            held = None if isinstance(leaf, _CLOSED) else _held(leaf)
+            if held is None and not isinstance(leaf, nn.Module):
                 yield where, leaf
-            continue
-        yield f"{where}, its class", type(leaf)
-        for name, attribute in attributes.items():
-            yield from _opened(attribute, f"{where}.{name}", (*around, leaf))
+            elif held is not None and not any(leaf is one for one in met):
+                met.append(leaf)
+                if len(met) > _MOST:
+                    raise ValueError(f"an output that holds more than {_MOST} objects")
+                yield f"{where}, its class", type(leaf)
+                waiting.append((where, held))
+
+
+def _held(value: Any) -> list[Any] | None:
+    """What a pickle of an object would hold besides its class; None if there is none."""
+    try:
+        reduced = value.__reduce_ex__(2)
+        if isinstance(reduced, str):
+            return None
+        _, arguments, *rest = reduced
+        return [list(arguments), *(list(part) if isinstance(part, Iterator) else part for part in rest)]
+    except Exception:  # whatever an object raises that has no pickle
+        return None
 
 
 def _can_be_compared(x: Tensor) -> bool:

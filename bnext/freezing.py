@@ -58,7 +58,9 @@ def _layers(module: nn.Module) -> dict[str, FusedBatchNorm]:
         elif isinstance(layer, nn.modules.batchnorm._BatchNorm):
             kind = f"{type(layer).__module__}.{type(layer).__qualname__}"
             way = "makes them of it" if kind.startswith("torch.nn.") else "leaves this one alone"
-            raise ValueError(f"expected layers of bnext's classes, but '{name}' is a {kind} (bnext.convert {way})")
+            raise ValueError(
+                f"expected layers of bnext's classes, but '{name}' is a {kind} (bnext.convert {way})"
+            )
     if not layers:
         raise ValueError(f"expected a module with layers of bnext's, but {type(module).__name__} has none")
     return layers

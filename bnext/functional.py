@@ -20,14 +20,14 @@ def check_activation(activation: str | None, activation_param: float | None, inp
 
     Raises:
         TypeError: an activation that is no name, a parameter that is no number.
-        ValueError: not one of ACTIVATIONS or None; a parameter for one that has none; with inplace, one that cannot be
-            inverted.
+        ValueError: not one of ACTIVATIONS or None; a parameter for one that has none, or that is not finite; with
+            inplace, one that cannot be inverted.
     """
     if not isinstance(activation, str | None):
         raise TypeError(f"expected activation as a name or None, but got {activation!r}")
     if not isinstance(activation_param, Real | None):
         raise TypeError(f"expected activation_param as a number or None, but got {activation_param!r}")
-    _C.check_activation(activation, activation_param, inplace)
+    _C.check_activation(activation, None if activation_param is None else float(activation_param), inplace)
 
 
 def batch_norm(
@@ -98,8 +98,8 @@ def batch_norm(
 
     Raises:
         ValueError: fewer than two dimensions, no channel, one value per channel in training, bad eps, an unknown
-            activation, a parameter for one that has none; inplace with a residual or with an activation that cannot be
-            inverted.
+            activation, a parameter for one that has none or that is not finite; inplace with a residual or with an
+            activation that cannot be inverted.
         RuntimeError: a vector of another length, dtype or device; a residual of another size, dtype or device; no
             running statistics in inference; inplace on a leaf that requires grad or on memory that overlaps itself, and
             on the CPU with a weight of exactly 0 when a gradient will be asked for.

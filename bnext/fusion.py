@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from . import randomness
-from .attributes import HOOKS, captured_modules
+from .attributes import HOOKS, are_hooked, captured_modules
 from .conversion import OURS, convert_classes
 from .equality import Behaviour
 from .fused_forward import FusedForward, set_forward
@@ -46,7 +46,7 @@ def fuse(module: Network, *example_inputs: Any) -> Network:
     seen, at the price of its fusion; what replaces it is called with a keyword drawn_in. Where a module cannot be
     traced, does something else in training than in eval, has arguments with defaults, draws random numbers or leaves
     something in an attribute, its own forward stays and the modules in it are fused one by one. What forward does to
-    globals is seen only where a tensor stays in one.
+    globals, or to objects that its class holds, is seen only where a tensor stays there.
 
     Every graph is tried before it is taken: copies of the module and of the fused one compute a training and an eval
     step of the example, in float64 where forward works in it, and have to agree in outputs, gradients and buffers.
@@ -55,7 +55,8 @@ def fuse(module: Network, *example_inputs: Any) -> Network:
         module: any module.
         example_inputs: what forward takes, with values as in training and more than one value per channel
             everywhere. A dozen steps of it are computed, so that a few small images do. Where tensors that are added
-            are equal in size here they have to be so always. Under autocast call this under autocast too.
+            are equal in size here they have to be so always. Under autocast call this under autocast too. Fuse before
+            :func:`bnext.synchronize`, which keeps what was drawn in: into synchronized layers nothing is.
 
     Returns:
         The fused network, of a subclass of its class, in the mode of `module`.
@@ -100,7 +101,7 @@ def _require_fusible(module: nn.Module, example_inputs: tuple[Any, ...]) -> None
         raise ValueError(
             "expected no bnext.hold_statistics around, under which torch's layers and ours differ"
         )
-    if any(vars(nn.modules.module)[kind] for kind in _GLOBAL_HOOKS):
+    if are_hooked():
         raise ValueError("expected no global module hooks, which see the calls that are fused")
     if any(
         x.is_meta
@@ -112,8 +113,9 @@ def _require_fusible(module: nn.Module, example_inputs: tuple[Any, ...]) -> None
         )
     for name, part in module.named_modules():
         if isinstance(part, torch.jit.ScriptModule):
+            which = f"'{name}'" if name else "the module"
             raise ValueError(
-                f"expected modules of Python, but '{name}' is a {type(part).__name__} of torch.jit"
+                f"expected modules of Python, but {which} is a {type(part).__name__} of torch.jit"
             )
         if "forward" in vars(part):  # it may well be bound to this one, and a copy would run it
             raise ValueError(
@@ -124,11 +126,6 @@ def _require_fusible(module: nn.Module, example_inputs: tuple[Any, ...]) -> None
             f"expected functions in attributes that hold no modules, which a copy would not have as its own, but "
             f"'{captured[0]}' does"
         )
-
-
-_GLOBAL_HOOKS = [
-    name for name in vars(nn.modules.module) if name.startswith("_global_") and name.endswith("_hooks")
-]
 
 
 @contextmanager

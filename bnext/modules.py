@@ -13,7 +13,7 @@ from .functional import batch_norm, check_activation
 from .holding import are_held
 from .sync import Running
 from .sync import batch_norm as sync_batch_norm
-from .torch_activations import to_module
+from .torch_activations import apply
 
 if TYPE_CHECKING:
     from typing_extensions import Self  # typing's from Python 3.11 on
@@ -82,7 +82,7 @@ class FusedBatchNorm(nn.modules.batchnorm._BatchNorm):
             self.register_parameter("bias", None)
         self.unbiased_running_var = unbiased_running_var
         self.activation = activation
-        self.activation_param = activation_param
+        self.activation_param = None if activation_param is None else float(activation_param)
         self.inplace = inplace
         self.skip_nonfinite = skip_nonfinite
         self.frozen = False
@@ -154,7 +154,7 @@ class FusedBatchNorm(nn.modules.batchnorm._BatchNorm):
         y = _call(self, *args, **kwargs)
         if residual is not None:
             y = y + residual
-        return y if activation is None else to_module(activation, parameter)(y)
+        return y if activation is None else apply(activation, parameter, y)
 
     def _tensors(self) -> _State:
         """Parameters and buffers. Five walks to nn.Module.__getattr__ take longer than to normalise a small batch."""

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ["Activation", "of_call", "of_module", "to_module"]
+__all__ = ["Activation", "apply", "of_call", "of_module", "to_module"]
 
 
 class Activation(NamedTuple):
@@ -83,6 +83,13 @@ def of_call(
 
 def _of_hardtanh(low: Any, high: Any) -> Activation | None:
     return Activation("relu6", None) if (low, high) == (0, 6) else None
+
+
+def apply(activation: str, activation_param: float | None, y: Tensor) -> Tensor:
+    """Torch's function for one of ours."""
+    given = () if activation_param is None else (activation_param,)
+    activated: Tensor = _TABLE[activation].functions[0](y, *given)
+    return activated
 
 
 def to_module(activation: str, activation_param: float | None) -> nn.Module:

@@ -131,6 +131,8 @@ inline ActivationSpec require_activation(std::optional<c10::string_view> name, s
                     "expected activation_param with leaky_relu or elu only, but got ",
                     python_repr(param.value_or(0)), " with ", spec ? entry.name : "None");
   spec.param = param.value_or(entry.parameter);
+  TORCH_CHECK_VALUE(std::isfinite(spec.param), "expected a finite activation_param, but got ",
+                    python_repr(spec.param));
   return spec;
 }
 

@@ -21,6 +21,8 @@ at::Tensor bits(const at::Tensor& mask, const at::Tensor& x) {
 
 }  // namespace
 
+bool is_empty(const at::Tensor& t) { return TORCH_GUARD_OR_FALSE(t.sym_numel().sym_eq(0)); }
+
 at::ScalarType math_dtype(const at::Tensor& x) {
   return x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
 }
@@ -43,7 +45,7 @@ Standardised standardise(const at::Tensor& wide_x, const at::Tensor& stats, bool
   const auto math = wide_x.scalar_type();
   const at::Tensor saved_invstd = along_channels(stats.select(0, 1), wide_x).to(math);
   const at::Tensor xhat = (wide_x - along_channels(stats.select(0, 0), wide_x).to(math)) * saved_invstd;
-  if (!training || wide_x.sym_numel() == 0) return {xhat, saved_invstd};
+  if (!training || is_empty(wide_x)) return {xhat, saved_invstd};
   const std::vector<int64_t> dims = all_but_channels(wide_x);
   const at::Tensor centered = xhat - xhat.mean(dims, true);
   const at::Tensor var = (centered * centered).mean(dims, true);
@@ -52,7 +54,7 @@ Standardised standardise(const at::Tensor& wide_x, const at::Tensor& stats, bool
 }
 
 at::Tensor project(const at::Tensor& v, const at::Tensor& xhat, bool training) {
-  if (!training || v.sym_numel() == 0) return v;
+  if (!training || is_empty(v)) return v;
   const std::vector<int64_t> dims = all_but_channels(xhat);
   return v - v.mean(dims, /*keepdim=*/true) - xhat * (v * xhat).mean(dims, /*keepdim=*/true);
 }

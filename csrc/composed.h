@@ -8,6 +8,9 @@
 
 namespace bnext {
 
+// As far as is known while a program is compiled.
+bool is_empty(const at::Tensor& t);
+
 // What these operations compute in: x's dtype, float32 for 16 bits.
 at::ScalarType math_dtype(const at::Tensor& x);
 

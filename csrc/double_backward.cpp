@@ -10,7 +10,7 @@
 namespace bnext {
 namespace {
 
-bool given(const at::Tensor& cotangent) { return cotangent.defined() && cotangent.sym_numel() != 0; }
+bool given(const at::Tensor& cotangent) { return cotangent.defined() && !is_empty(cotangent); }
 
 // The same value and tangent, but not the same tensor.
 at::Tensor differentiable_leaf(const at::Tensor& t) {

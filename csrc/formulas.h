@@ -124,7 +124,7 @@ struct ParameterGrads {
 };
 
 // `sums` were taken around `center`; dz*(x-mean) = dz*(x-center) - dz*(mean-center). Infinite ones have no
-// rounding to put right: the infinity stays what it is, as torch has it.
+// rounding to put right, and stay infinite.
 BNEXT_HOST_DEVICE double centered_second(const Sums& sums, double mean, double center) {
   return sums.second - finite_or_zero(sums.first) * (mean - center);
 }

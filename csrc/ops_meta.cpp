@@ -26,6 +26,7 @@ ForwardResult forward_meta(const ForwardCall& call) {
 at::Tensor inplace_meta(const ForwardCall& call) {
   call.check();
   require_invertible(call.activation, call.x.scalar_type());
+  require_writable(call.x);
   return stats_of(call);
 }
 

@@ -8,6 +8,7 @@ import pickle
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, fx, nn
@@ -168,6 +169,11 @@ def test_what_is_drawn_into_a_call(active: Active) -> None:
     assert all(torch.equal(before[name], tensor) for name, tensor in bare.state_dict().items())
 
 
+def test_parameters_are_numbers_of_python() -> None:  # a graph's text has them
+    layer = bnext.BatchNorm1d(3, activation="elu", activation_param=np.float32(0.5))
+    assert type(layer.activation_param) is float and layer.activation_param == 0.5
+
+
 def test_the_attribute_may_be_set() -> None:
     layer = bnext.BatchNorm2d(5)
     layer.activation = "relu"
@@ -190,6 +196,7 @@ WRONG: dict[str, tuple[str | None, float | None, str]] = {
         1.0,
         "expected activation_param with leaky_relu or elu only, but got 1.0 with None",
     ),
+    "infinite": ("leaky_relu", float("inf"), "expected a finite activation_param, but got inf"),
     "both": ("swish", 0.1, f"expected activation one of {KNOWN} or None, but got swish"),
 }
 

@@ -6,12 +6,15 @@ import copy
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributions import Normal
 from torch.nn import functional as F
+from torch.utils._pytree import register_pytree_node
 
 import bnext
 from bnext.equality import Behaviour
@@ -129,31 +132,56 @@ class Output:
 
 
 class Plain:
+    """With itself in it."""
+
     def __init__(self, y: Tensor) -> None:
-        self.inner, self.n = [Output(y)], len(y)
+        self.inner, self.n, self.me = [Output(y)], len(y), self
 
 
-def parts_of(y: Any) -> list[Tensor]:
-    if isinstance(y, Tensor):
-        return [y.to_dense()]
-    if isinstance(y, dict | list):
-        return [part for value in (y.values() if isinstance(y, dict) else y) for part in parts_of(value)]
-    return [part for value in vars(y).values() if not isinstance(value, int) for part in parts_of(value)]
+class Slotted:
+    __slots__ = ("y",)
+
+    def __init__(self, y: Tensor) -> None:
+        self.y = y
 
 
-OUTPUTS: dict[str, Callable[[Tensor], Any]] = {
-    "dataclass": Output,
-    "object": lambda y: {"all": [Plain(y)]},
-    "sparse": Tensor.to_sparse,
+class Named(OrderedDict[str, Tensor]):
+    """With attributes besides, as outputs of transformers."""
+
+    def __init__(self, y: Tensor) -> None:
+        super().__init__(y=y)
+        self.n = 1
+
+
+class Registered(Named):
+    pass
+
+
+register_pytree_node(Registered, lambda y: ([*y.values()], None), lambda values, _: Registered(*values))
+
+
+# How a network may give y, and where it is found again.
+OUTPUTS: dict[str, tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]]] = {
+    "dataclass": (Output, lambda out: out.y),
+    "object": (lambda y: {"all": [Plain(y)]}, lambda out: out["all"][0].inner[0].y),
+    "slots": (Slotted, lambda out: out.y),
+    "dictionary": (Named, lambda out: out["y"]),
+    "registered": (Registered, lambda out: out["y"]),
+    "partial": (lambda y: partial(torch.add, y), lambda out: out.args[0]),
+    "distribution": (lambda y: Normal(y, 1.0), lambda out: out.loc),
+    "sparse": (Tensor.to_sparse, Tensor.to_dense),
 }
 
 
-@pytest.mark.parametrize("output", OUTPUTS.values(), ids=OUTPUTS.keys())
-def test_networks_that_give_objects(output: Callable[[Tensor], Any]) -> None:
+@pytest.mark.parametrize("name", OUTPUTS)
+def test_networks_that_give_objects(name: str) -> None:
     """They are compared by what is in them."""
+    output, y_of = OUTPUTS[name]
     plain = Net(lambda net, x: output(net.block(x)), block=block()).double().eval()
     fused = bnext.fuse(plain, images())
     assert sum(counts(fused.block).values()) == 1
-    torch.testing.assert_close(parts_of(fused(images())), parts_of(plain(images())), **CLOSE)
-    wrong = Net(lambda net, x: output(net.block(x)), block=nn.Sequential(plain.block, nn.Softsign()))
-    assert Behaviour(plain, (images(),)).difference(wrong) is not None
+    torch.testing.assert_close(y_of(fused(images())), y_of(plain(images())), **CLOSE)
+    wrong = Net(lambda net, x: output(F.softsign(net.block(x))), block=plain.block)
+    assert "differs" in str(Behaviour(plain, (images(),)).difference(wrong))
+    cut = Net(lambda net, x: output(net.block(x).detach()), block=plain.block)
+    assert "gradient" in str(Behaviour(plain, (images(),)).difference(cut))

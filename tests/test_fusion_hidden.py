@@ -250,13 +250,6 @@ class Closed(nn.Module):
         return self.act(x)
 
 
-class Slotted:
-    __slots__ = ("y",)
-
-    def __init__(self, y: Tensor) -> None:
-        self.y = y
-
-
 def hooked_graph() -> nn.Module:
     traced = fx.symbolic_trace(nn.Sequential(norm(), nn.ReLU()))
     traced.register_forward_hook(lambda module, args, y: y * 2)
@@ -268,8 +261,8 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "a function around a module": (Closed, "expected functions in attributes that hold no modules"),
     "a graph with hooks": (hooked_graph, "a copy of '' lacks its _forward_hooks"),
     "an output that tells nothing": (
-        lambda: Net(lambda net, x: Slotted(net.norm(x)), norm=norm()),
-        "nobody can compare as it is, output of 0: TypeError: a Slotted is equal to nothing but itself",
+        lambda: Net(lambda net, x: (y for y in [net.norm(x)]), norm=norm()),
+        "nobody can compare as it is, output of 0: TypeError: a generator is equal to nothing but itself",
     ),
     "torch.jit": (
         lambda: nn.Sequential(norm(), torch.jit.script(nn.ReLU())),

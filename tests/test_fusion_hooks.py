@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 import bnext
 from networks import NETWORKS, images, make, step
@@ -60,3 +60,35 @@ def test_hooks_on_batch_norms_see_the_layer(network: str, hook: str) -> None:
     for handle in handles:
         handle.remove()
     torch.testing.assert_close(step(fused, images()), step(plain, images()), **CLOSE)
+
+
+@pytest.mark.parametrize("hook", ["before", "after"])
+def test_hooks_on_all_modules_see_the_layer(hook: str) -> None:
+    """Put there after the fusion, while activations are no modules of either network."""
+    register = {
+        "before": lambda: nn.modules.module.register_module_forward_pre_hook(halve_norms),
+        "after": lambda: nn.modules.module.register_module_forward_hook(double_norms),
+    }[hook]
+    plain = make(NETWORKS["pre-activation"])
+    fused = bnext.fuse(copy.deepcopy(plain), images())
+    handle = register()
+    try:
+        torch.testing.assert_close(step(fused, images()), step(plain, images()), **CLOSE)
+    finally:
+        handle.remove()
+
+
+def halve_norms(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor] | None:
+    return halved(module, args) if isinstance(module, nn.modules.batchnorm._BatchNorm) else None
+
+
+def double_norms(module: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> Tensor | None:
+    return doubled(module, args, y) if isinstance(module, nn.modules.batchnorm._BatchNorm) else None
+
+
+def test_a_hooked_network_is_traced() -> None:
+    fused = bnext.fuse(make(NETWORKS["functional"]), images()).eval()
+    for part in fused.modules():
+        if isinstance(part, nn.modules.batchnorm._BatchNorm):
+            part.register_forward_hook(doubled)
+    torch.testing.assert_close(fx.symbolic_trace(fused)(images()), fused(images()), **CLOSE)

@@ -203,6 +203,7 @@ def test_no_examples(dim: int, inplace: bool, device: str) -> None:
     own = mean.expand(0, 4).clone(), var.expand(0, 4).clone()
     y = vmap(lambda x, m, v: batch_norm(x, m, v, training=True, inplace=inplace), (dim, 0, 0))(x, *own)
     assert y.shape == (0, 5, 4, 3) and counter == 0
+    assert vmap(grad(lambda x: one(x * 1).sum()), dim)(x).shape == (0, 5, 4, 3)
 
 
 @pytest.mark.parametrize("training", [False, True])
