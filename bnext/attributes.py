@@ -50,8 +50,8 @@ def contents(module: nn.Module) -> _Contents:
     states: list[object] = []
     seen: set[int] = set()
     classes = [cls for part in module.modules() for cls in type(part).__mro__ if not _is_torchs(cls)]
-    waiting: list[tuple[object, bool]] = [(vars(part), True) for part in module.modules()]
-    waiting += [(dict(vars(cls)), False) for cls in dict.fromkeys(classes)]
+    waiting: list[tuple[object, bool]] = [(dict(vars(cls)), False) for cls in dict.fromkeys(classes)]
+    waiting += [(vars(part), True) for part in module.modules()]  # looked at first: of what both have, all
     while waiting and len(objects) < _MOST:
         value, with_attributes = waiting.pop()
         if id(value) in seen:

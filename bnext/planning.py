@@ -11,25 +11,17 @@ from torch import Tensor
 
 from . import _C
 from ._C import CudaDevice
-
-# The ranks for which torch has a channels-last order, and so the operators too.
-_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
-
-
-def _is_channels_last(x: Tensor) -> bool:
-    """How the operators read x: strides of neither kind are copied to contiguous first."""
-    last = _CHANNELS_LAST.get(x.dim())
-    return last is not None and not x.is_contiguous() and x.is_contiguous(memory_format=last)
+from .layouts import CHANNELS_LAST, format_of
 
 
 def _means_channels_last(layout: str | torch.memory_format, rank: int) -> bool:
     if layout in ("contiguous", torch.contiguous_format):
         return False
-    if layout not in ("channels_last", *_CHANNELS_LAST.values()):
+    if layout not in ("channels_last", *CHANNELS_LAST.values()):
         raise ValueError(
             f"expected layout 'contiguous', 'channels_last' or a torch.memory_format, but got {layout!r}"
         )
-    if rank not in _CHANNELS_LAST or layout not in ("channels_last", _CHANNELS_LAST[rank]):
+    if rank not in CHANNELS_LAST or layout not in ("channels_last", CHANNELS_LAST[rank]):
         raise ValueError(f"expected a layout for {rank} dimensions, but got {layout}")
     return True
 
@@ -102,7 +94,7 @@ def plan(
     if layout is not None:
         last = _means_channels_last(layout, len(shape))
     else:
-        last = isinstance(x_or_shape, Tensor) and _is_channels_last(x_or_shape)
+        last = isinstance(x_or_shape, Tensor) and format_of(x_or_shape) != torch.contiguous_format
     gpu = _gpu(device)
     if gpu is None:
         if engine is not None:

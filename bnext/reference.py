@@ -69,6 +69,9 @@ def statistics(x: ArrayLike) -> tuple[Array, Array]:
     if rows.shape[1] == 0:
         raise ValueError("an empty channel has no statistics")
     mean: Array = rows.mean(axis=1)
+    with np.errstate(invalid="ignore"):  # what the sum lost by rounding, so that no error grows with mean/std
+        lost = (rows - mean[:, None]).mean(axis=1)
+    mean = mean + np.where(np.isfinite(lost), lost, 0)
     var: Array = np.square(rows - mean[:, None]).mean(axis=1)
     return mean, var
 

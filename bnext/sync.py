@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
+from .layouts import format_of
 from .sync_graph import Call, Inputs, derivatives
 
 __all__ = ["Running", "batch_norm"]
@@ -76,14 +77,6 @@ def _gathered(part: Tensor, group: dist.ProcessGroup) -> Tensor:
     return parts.view(size, part.numel())
 
 
-def _format(x: Tensor) -> torch.memory_format:
-    """Of those that kernels read as they lie, the one of x, or of the copy that they would make of it."""
-    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
-    if last is None or x.is_contiguous() or not x.is_contiguous(memory_format=last):
-        return torch.contiguous_format
-    return last
-
-
 def _count(x: Tensor) -> int:
     return x.numel() // x.shape[1]
 
@@ -122,7 +115,7 @@ Grads = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 def _gradients(dy: Tensor, kept: _Kept, call: Call, wants: tuple[bool, ...]) -> Grads:
     """By x, residual, weight and bias; by the residual only behind an activation."""
     arguments, activation = kept.arguments(), (call.activation, call.activation_param)
-    dy = dy.contiguous(memory_format=_format(kept.x))  # for both phases
+    dy = dy.contiguous(memory_format=format_of(kept.x))  # for both phases
     sums, dweight, dbias = _phases.grad_sums.default(dy, *arguments, *activation)
     dist.all_reduce(sums, group=call.group)  # whatever this process wants itself
     sums = sums * (_count(kept.x) / kept.total.clamp(min=1))
@@ -236,7 +229,7 @@ def batch_norm(
         timeout. One value per channel is none of them, as others may have more; if it is all there is, its variance
         counts as 0, in the running one too.
     """
-    input = input.contiguous(memory_format=_format(input))  # for all phases
+    input = input.contiguous(memory_format=format_of(input))  # for all phases
     with torch.no_grad():
         tensors = (input, residual, weight, bias, running.mean, running.var, running.num_batches_tracked)
         moments = _phases.moments.default(*tensors, eps, activation, activation_param)
@@ -245,7 +238,7 @@ def batch_norm(
     differentiable = torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (input, residual, weight, bias)
     )
-    call = Call(eps, activation, activation_param, group, differentiable, _format(input))
+    call = Call(eps, activation, activation_param, group, differentiable, format_of(input))
     output: Tensor = _Normalize.apply(  # type: ignore[no-untyped-call]
         input, residual, weight, bias, moments, total, call
     )

@@ -99,6 +99,9 @@ BNEXT_HOST_DEVICE bool fits(double value, Dtype dtype) {
   return std::abs(value) <= largest;
 }
 
+// What a center in arithmetic precision lacks of the mean; nothing where both are infinite.
+BNEXT_HOST_DEVICE double lacking(double mean, double center) { return finite_or_zero(mean - center); }
+
 // y = (x - center) * scale + offset
 template <class A>
 struct NormalizeCoefficients {
@@ -110,7 +113,7 @@ BNEXT_HOST_DEVICE NormalizeCoefficients<A> normalize_coefficients(double mean, d
                                                                   double bias) {
   const A center = static_cast<A>(mean);
   const double scale = weight * invstd;
-  const double rest = mean - static_cast<double>(center);
+  const double rest = lacking(mean, static_cast<double>(center));
   return {center, static_cast<A>(scale), static_cast<A>(rest == 0 ? bias : bias - scale * rest)};
 }
 
@@ -126,7 +129,7 @@ struct ParameterGrads {
 // `sums` were taken around `center`; dz*(x-mean) = dz*(x-center) - dz*(mean-center). Infinite ones have no
 // rounding to put right, and stay infinite.
 BNEXT_HOST_DEVICE double centered_second(const Sums& sums, double mean, double center) {
-  return sums.second - finite_or_zero(sums.first) * (mean - center);
+  return sums.second - finite_or_zero(sums.first) * lacking(mean, center);
 }
 
 BNEXT_HOST_DEVICE ParameterGrads parameter_grads(const Sums& sums, double mean, double center,
@@ -147,7 +150,7 @@ BNEXT_HOST_DEVICE InputGradCoefficients<A> input_grad_coefficients(const Sums& s
                                                                    double scale, double inverse_count) {
   const A center = static_cast<A>(mean);
   const double slope = -scale * invstd * invstd * centered_second(sums, mean, sums_center) * inverse_count;
-  const double rest = mean - static_cast<double>(center);
+  const double rest = lacking(mean, static_cast<double>(center));
   const double offset = -scale * sums.first * inverse_count - finite_or_zero(slope) * rest;
   return {static_cast<A>(scale), center, static_cast<A>(slope), static_cast<A>(offset)};
 }

@@ -111,6 +111,24 @@ def test_gradients_of_an_infinite_one(layout: str, dtypes: Dtypes, training: boo
         torch.testing.assert_close(ours[odd], theirs[odd], rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.parametrize("value", [float("inf"), -float("inf")])
+@pytest.mark.parametrize("dtypes", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", ["nc", "nchw", "nhwc"])
+def test_an_infinite_running_mean(layout: str, dtypes: Dtypes, value: float, device: str) -> None:
+    """In eval what torch gives of it, outputs and gradients."""
+    problem = make(SHAPE_OF_RANK[LAYOUT[layout].rank], LAYOUT[layout], dtypes, TRAIN, device=device)
+    problem.running_mean[1] = value
+    results = []
+    for function in (batch_norm, nn.functional.batch_norm):
+        leaves = [t.detach().clone().requires_grad_() for t in (problem.x, problem.weight, problem.bias)]
+        y = function(leaves[0], problem.running_mean, problem.running_var, *leaves[1:])
+        results.append((y, *torch.autograd.grad(y, leaves, torch.ones_like(y))))
+    for ours, theirs in zip(*results, strict=True):
+        odd = ~theirs.isfinite()
+        assert torch.equal(odd, ~ours.isfinite())
+        torch.testing.assert_close(ours[odd], theirs[odd], rtol=0, atol=0, equal_nan=True)
+
+
 def test_under_vmap(device: str) -> None:
     x = torch.stack([spoil(torch.randn(6, 5, device=device), value) for value in (float("nan"), 1.0)])
     mean, var = torch.zeros(2, 5, device=device), torch.ones(2, 5, device=device)

@@ -9,7 +9,7 @@ import math
 from typing import Any
 
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -133,8 +133,7 @@ def test_any_problem(problem: Problem) -> None:
 )
 def test_any_plan(shape: list[int], layout: str, **options: Any) -> None:
     """Also for tensors that no memory holds: every channel and every position in a slab and a chunk, nothing twice."""
-    if shape[1] == 0 or math.prod(shape) > 2**50:
-        return
+    assume(shape[1] > 0 and math.prod(size for size in shape if size) < 2**48)
     plan = bnext.plan(shape, layout=layout if len(shape) in (4, 5) else "contiguous", **options)
     assert 1 <= plan.threads <= options["threads"]
     assert plan.slabs * plan.slab_channels >= shape[1] > (plan.slabs - 1) * plan.slab_channels

@@ -78,10 +78,11 @@ struct MomentsReducer {
     const Math sum = sum_of<kCount>(d), mean = sum * (Math{1} / kCount);
     BNEXT_UNROLL
     for (int k = 0; k < kCount; ++k) d[k] -= mean;
-    const double first = sum, second = sum_of_products<kCount>(d, d) + first * (first * (1.0 / kCount));
+    const double first = sum;
+    const double second = multiply_add<double>(first, first * (1.0 / kCount), sum_of_products<kCount>(d, d));
     const double shift = static_cast<double>(origin) - static_cast<double>(center),
                  moved = elements.count * shift;
-    sums += {first + moved, second + shift * (2 * first + moved)};
+    sums += {first + moved, multiply_add<double>(shift, multiply_add<double>(2, first, moved), second)};
   }
 
   BNEXT_DEVICE double factor() const {
