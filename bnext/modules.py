@@ -47,7 +47,7 @@ OUR_ATTRIBUTES: dict[str, Any] = {  # that torch's layers lack, as they are unle
 }
 
 
-_call = nn.Module._call_impl  # a super() takes a hundredth of a small call
+_call = nn.Module._call_impl  # by name: every small call would feel a super()
 
 
 class FusedBatchNorm(nn.modules.batchnorm._BatchNorm):

@@ -62,10 +62,8 @@ def of_call(
 ) -> Activation | None:
     """The activation that a function, or a method if it is named, computes of its first argument."""
     if target in (F.hardtanh, F.hardtanh_):
-        bounds = {"min_val": -1, "max_val": 1} | dict(
-            zip(("min_val", "max_val"), arguments[1:], strict=False)
-        )
-        return _of_hardtanh(*({key: keywords.get(key, bound) for key, bound in bounds.items()}).values())
+        bounds = dict(zip(("min_val", "max_val"), arguments[1:], strict=False)) | dict(keywords)
+        return _of_hardtanh(bounds.get("min_val", -1), bounds.get("max_val", 1))
     name = _BY_METHOD.get(target) if isinstance(target, str) else _BY_FUNCTION.get(target)
     if name is None:
         return None

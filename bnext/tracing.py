@@ -132,7 +132,10 @@ class _Tracer(fx.Tracer):
 
     def has_left_something(self) -> bool:
         """Whether somebody still holds what stood for a tensor: a global, a cache, an attribute of a class."""
-        return self._is_alive() and (gc.collect() >= 0 and self._is_alive())  # a cycle may have held it
+        if not self._is_alive():
+            return False
+        gc.collect()  # a cycle may have held it
+        return self._is_alive()
 
     def _is_alive(self) -> bool:
         return any(made() is not None for made in self._made)

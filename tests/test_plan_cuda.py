@@ -212,8 +212,6 @@ def test_one_multiprocessor_is_left(layout: str, cluster: int) -> None:
 def test_only_kernels_that_are_launched_have_blocks(
     backward: bool, training: bool, shape: tuple[int, ...], engine: str | None
 ) -> None:
-    if not training:
-        engine = None
     plan = bnext.plan(shape, training=training, backward=backward, device=HOPPER, engine=engine)
     kernels = {
         name: (getattr(plan, f"{name}_blocks"), getattr(plan, f"{name}_threads"))
