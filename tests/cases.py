@@ -121,12 +121,33 @@ class Active:
         odd = z.isinf() & result.isnan()
         return torch.where(odd, function(z.double(), *given).to(z.dtype), result) if odd.any() else result
 
+    def module(self, inplace: bool = False) -> torch.nn.Module:
+        """torch's own layer; gelu, sigmoid and tanh have none that writes over its input."""
+        given = () if self.activation_param is None else (self.activation_param,)
+        return MODULES[self.activation](*given, **({"inplace": True} if inplace else {}))
+
+
+MODULES: dict[str, type[torch.nn.Module]] = {
+    "relu": torch.nn.ReLU,
+    "leaky_relu": torch.nn.LeakyReLU,
+    "relu6": torch.nn.ReLU6,
+    "silu": torch.nn.SiLU,
+    "gelu": torch.nn.GELU,
+    "elu": torch.nn.ELU,
+    "hardswish": torch.nn.Hardswish,
+    "sigmoid": torch.nn.Sigmoid,
+    "tanh": torch.nn.Tanh,
+}
+
 
 # Every one, and the two parameters: a slope above one, and an alpha that leaves a kink at zero.
 ACTIVE = [*map(Active, ACTIVATIONS), Active("leaky_relu", 1.25), Active("elu", 0.5)]
 
 # What a layer may write over its input with: whose output gives the input back.
 INVERTIBLE = [None, *(active for active in ACTIVE if active.activation in ("leaky_relu", "elu"))]
+
+# Behind a residual, by what backward takes the slope from: a mask, the residual that is kept, nothing.
+RESIDUAL_KINDS = [Active("relu"), Active("silu"), None]
 
 # Small, with a channel count and an inner size that no vector width divides.
 SHAPE_OF_RANK = {2: (12, 5), 3: (4, 5, 7), 4: (3, 5, 4, 5), 5: (2, 5, 3, 4, 3)}
@@ -201,6 +222,44 @@ EXTREMES = [
     (300, 2, 5, 5),  # many short planes
     (1, 1, 50_021),  # everything in one channel
 ]
+
+# Large enough that a plan splits them, in both directions: over channels, over the batch, within a plane.
+SPLIT = [
+    ("nc", (100_003, 3)),  # few channels: only the batch can be split
+    ("nc", (2, 65_536)),  # two rows: only the channels can
+    ("nc", (4_099, 257)),
+    ("ncl", (33, 65, 501)),
+    ("nchw", (32, 32, 32, 32)),
+    ("nhwc", (32, 32, 32, 32)),
+    ("nchw", (1, 3, 513, 511)),  # planes longer than a chunk
+    ("nhwc", (1, 3, 513, 511)),
+    ("nchw", (64, 130, 7, 7)),  # planes shorter than a vector step
+    ("nhwc", (64, 130, 7, 7)),
+    ("nchw", (5, 1, 300, 301)),  # one channel: nothing but the batch and the plane to split
+    ("ncdhw", (2, 19, 9, 30, 31)),
+    ("ndhwc", (2, 19, 9, 30, 31)),
+]
+SPLIT_IDS = [f"{layout}-{'x'.join(map(str, shape))}" for layout, shape in SPLIT]
+# One; as many as the smallest machine has; a prime that divides no split.
+THREADS = [1, 2, 7]
+
+# Sizes at which tiles end within a byte or a word of the mask, planes of a few elements, one channel, many channels.
+MASK_SIZES: dict[str, list[tuple[str, tuple[int, ...]]]] = {
+    "small": [("ncl", (3, 5, inner)) for inner in range(2, 18)],
+    "words": [("ncl", (2, 3, inner)) for inner in (31, 32, 33, 47, 48, 49, 63, 64, 65)],
+    "rows": [
+        ("nc", shape) for shape in [(2, 3), (5, 15), (5, 16), (5, 17), (3, 31), (3, 32), (3, 33), (1001, 2)]
+    ],
+    "c": [
+        ("nc", (3, 1001)),
+        ("nc", (300, 1)),
+        ("nchw", (2, 1001, 7, 7)),
+        ("nhwc", (2, 1001, 3, 3)),
+        ("nchw", (5, 1, 13, 11)),
+        ("nhwc", (5, 1, 13, 11)),
+        ("nhwc", (3, 3, 7, 7)),
+    ],
+}
 
 # torch 2.11 has other words for a wrong eps, and takes more of them.
 HAS_TEXTS_OF_EPS = "eps must be non-negative" in inspect.getsource(torch.nn.functional.batch_norm)

@@ -1,7 +1,7 @@
-"""The function in torch's own differentiable operations, for derivatives of every order in either mode.
+"""The function composed of torch's own operations: of elementary ones, and of its layers' functions one by one.
 
-torch's batch norm will not do: its forward mode takes the batch's statistics for constants where it is differentiated
-again.
+The elementary ones have derivatives of every order in either mode. torch's batch norm errs in the third order, and its
+forward mode takes the batch's statistics for constants where it is differentiated again.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from bnext.functional import batch_norm
 from cases import Active
+from problem import Problem
 
 EPS = 1e-5
 
@@ -68,6 +69,27 @@ class Form:
         if self.active == Active("silu"):
             return z * z.sigmoid()  # torch's has no forward mode in backward, but under torch.func
         return z if self.active is None else self.active.of(z)
+
+
+def elementary(problem: Problem) -> Tensor:
+    """What a problem's activation is taken of, in elementary operations."""
+    assert problem.eps == EPS
+    running = None
+    if not problem.batch:
+        assert problem.running_mean is not None and problem.running_var is not None
+        running = problem.running_mean, problem.running_var
+    return Form(None, running).composed(problem.x, problem.weight, problem.bias, problem.residual)
+
+
+def torchs_composition(problem: Problem, active: Active | None) -> Tensor:
+    """torch's steps one by one. Vectors of 16 bits are widened, for its batch statistics are rounded to their dtype."""
+    wide = torch.promote_types(problem.x.dtype, torch.float32)
+    vectors = (problem.running_mean, problem.running_var, problem.weight, problem.bias)
+    mean, var, weight, bias = (None if t is None else t.to(wide) for t in vectors)
+    z = torch.nn.functional.batch_norm(problem.x, mean, var, weight, bias, problem.batch, 0.0, problem.eps)
+    if problem.residual is not None:
+        z = z + problem.residual
+    return z if active is None else active.of(z)
 
 
 def close(ours: object, expected: object) -> None:

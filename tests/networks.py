@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -21,6 +22,13 @@ class Net(nn.Module):
 
     def forward(self, x: Tensor) -> Any:
         return self.function(self, x)
+
+
+class Unlike(nn.BatchNorm2d):
+    """A subclass computes what it likes."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return 2 * super().forward(input)
 
 
 class BasicBlock(nn.Module):
@@ -115,6 +123,11 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "pre-activation": lambda: stack(PreActivation(4)),
     "inverted": lambda: stack(Inverted(4)),
 }
+every_network = pytest.mark.parametrize("network", NETWORKS.values(), ids=NETWORKS.keys())
+
+# Two float64 computations of a network of a few layers with weights around 1: some hundred roundings, enlarged by
+# the division by a standard deviation in each layer.
+CLOSE = {"rtol": 1e-9, "atol": 1e-9}
 
 
 def images(**options: Any) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import bnext
-from cases import BOTH, Active, Dtypes, Layout, Mode
+from cases import BOTH, LAYOUT, Active, Dtypes, Layout, Mode
 from judged import DIFFERENTIABLE, Judged
 
 
@@ -61,6 +61,14 @@ class Problem(Judged):
         """Ask for the gradients of those of DIFFERENTIABLE that exist, or of the named of them."""
         wanted = [getattr(self, name) for name in names or DIFFERENTIABLE]
         return [tensor.requires_grad_() for tensor in wanted if tensor is not None]
+
+    def step(self) -> list[Tensor]:
+        """Everything a training step leaves behind: y, all gradients and the running statistics."""
+        leaves = self.require_grad()
+        y = self.forward()
+        gradients = torch.autograd.grad(y, leaves, self.dy)
+        assert self.running_mean is not None and self.running_var is not None
+        return [y.detach(), *gradients, self.running_mean, self.running_var]
 
 
 def make(
@@ -127,3 +135,21 @@ def make_active(
         problem.residual = residual.arrange(values.to(device, dtypes.input))
     problem.inplace = inplace
     return problem
+
+
+def joined(
+    active: Active | None,
+    shape: tuple[int, ...],
+    layout: Layout | str,
+    dtypes: Dtypes,
+    mode: Mode,
+    parameters: tuple[str, ...] = BOTH,
+    *,
+    device: str = "cpu",
+    residual: Layout | None = None,
+) -> Problem:
+    """With a residual, laid out like x unless told otherwise."""
+    layout = LAYOUT[layout] if isinstance(layout, str) else layout
+    return make_active(
+        active, shape, layout, dtypes, mode, parameters, device=device, residual=residual or layout
+    )

@@ -31,10 +31,9 @@ from cases import (
     Layout,
     Mode,
 )
+from composed import elementary, torchs_composition
 from judged import numpy
 from problem import Problem, make_active
-from test_ops import composed as elementary
-from test_residual import composed
 
 RELU, RELU6, SILU, GELU = Active("relu"), Active("relu6"), Active("silu"), Active("gelu")
 every_active = pytest.mark.parametrize("active", ACTIVE, ids=str)
@@ -162,7 +161,7 @@ def test_as_torchs_composition(
 ) -> None:
     """Which rounds once more, z to its dtype."""
     problem = make_active(active, shape, LAYOUT[layout], dtypes, mode, device=device)
-    ours, theirs = problem.forward(), composed(problem, active)
+    ours, theirs = problem.forward(), torchs_composition(problem, active)
     assert ours.dtype == theirs.dtype
     z, error = problem.affine
     given = active.activation, active.activation_param, dtypes.input
@@ -181,7 +180,7 @@ def test_gradients_as_torchs_composition(
     problem = make_active(active, shape, LAYOUT[layout], FLOAT64, mode, device=device)
     leaves = problem.require_grad()
     ours = torch.autograd.grad(problem.forward(), leaves, problem.dy)
-    theirs = torch.autograd.grad(composed(problem, active), leaves, problem.dy)
+    theirs = torch.autograd.grad(torchs_composition(problem, active), leaves, problem.dy)
     torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-12)
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import io
-import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +13,7 @@ from torch import Tensor, fx, nn
 from torch.library import opcheck
 
 import bnext
+from bits import assert_same_bits
 from bnext.functional import ACTIVATIONS, batch_norm
 from cases import (
     ACTIVE,
@@ -29,19 +28,12 @@ from cases import (
     Dtypes,
     Mode,
 )
+from layers import CLASSES, Pair, every_class, every_copy, input_of, step_and_buffers
 from operators import BACKWARD, FORWARD, backward_arguments, forward_arguments
 from problem import make_active
 
 pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
-# Ours, torch's, and an input for both.
-PAIRS = {
-    "1d": (bnext.BatchNorm1d, nn.BatchNorm1d, (16, 5)),
-    "2d": (bnext.BatchNorm2d, nn.BatchNorm2d, (4, 5, 6, 7)),
-    "3d": (bnext.BatchNorm3d, nn.BatchNorm3d, (2, 5, 3, 4, 5)),
-}
-Pair = tuple[type[nn.Module], type[nn.Module], tuple[int, ...]]
-every_pair = pytest.mark.parametrize("pair", PAIRS.values(), ids=PAIRS.keys())
 every_active = pytest.mark.parametrize("active", ACTIVE, ids=str)
 ELU = Active("elu", 0.5)
 # Written in the loops, called by them, called with a parameter.
@@ -59,28 +51,8 @@ def layer_of(pair: Pair, active: Active, training: bool = True, **options: Any) 
     return layer
 
 
-def input_of(pair: Pair, dtype: torch.dtype = torch.float32) -> Tensor:
-    torch.manual_seed(4)
-    return torch.randn(pair[2], dtype=dtype) * 2 + 1
-
-
-def step(call: Any, layer: nn.Module, x: Tensor) -> list[Tensor]:
-    """y, gradients and buffers of one training step."""
-    x = x.clone().requires_grad_()
-    layer.zero_grad()
-    y = call(x)
-    (y * torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y)).sum().backward()
-    tensors = [y, x.grad, *(p.grad for p in layer.parameters()), *layer.buffers()]
-    return [tensor.detach().clone() for tensor in tensors]
-
-
-def assert_same_bits(first: list[Tensor], second: list[Tensor]) -> None:
-    for index, (one, other) in enumerate(zip(first, second, strict=True)):
-        assert torch.equal(one, other), index
-
-
 @every_active
-@every_pair
+@every_class
 def test_same_as_torchs_layers(pair: Pair, active: Active) -> None:
     """A hundred roundings of values below 100; in training, eval and training again."""
 
@@ -94,10 +66,12 @@ def test_same_as_torchs_layers(pair: Pair, active: Active) -> None:
     x = input_of(pair, torch.float64)
     for training in (True, False, True):
         ours.train(training), theirs.train(training)
-        torch.testing.assert_close(step(ours, ours, x), step(theirs, theirs, x), rtol=1e-11, atol=1e-12)
+        torch.testing.assert_close(
+            step_and_buffers(ours, x), step_and_buffers(theirs, x), rtol=1e-11, atol=1e-12
+        )
 
 
-@every_pair
+@every_class
 def test_repr(pair: Pair) -> None:
     plain = repr(pair[1](5))[:-1]
     assert repr(pair[0](5, activation="relu")) == plain + ", activation=relu)"
@@ -105,19 +79,8 @@ def test_repr(pair: Pair) -> None:
     assert repr(layer) == plain + ", unbiased_running_var=False, activation=elu, activation_param=0.5)"
 
 
-def through_pickle(layer: nn.Module) -> nn.Module:
-    return pickle.loads(pickle.dumps(layer))
-
-
-def through_save(layer: nn.Module) -> nn.Module:
-    file = io.BytesIO()
-    torch.save(layer, file)
-    file.seek(0)
-    return torch.load(file, weights_only=False)
-
-
-@pytest.mark.parametrize("copied", [copy.deepcopy, copy.copy, through_pickle, through_save])
-@every_pair
+@every_copy
+@every_class
 def test_copies(pair: Pair, copied: Callable[[nn.Module], nn.Module]) -> None:
     ours = layer_of(pair, ELU, training=False)
     other = copied(ours)
@@ -125,7 +88,7 @@ def test_copies(pair: Pair, copied: Callable[[nn.Module], nn.Module]) -> None:
     assert torch.equal(other(input_of(pair)), ours(input_of(pair)))
 
 
-@every_pair
+@every_class
 def test_pickles_from_before_there_were_activations(pair: Pair) -> None:
     state = copy.deepcopy(layer_of(pair, Active("relu")).__dict__)
     del state["activation"], state["activation_param"]
@@ -137,7 +100,7 @@ def test_pickles_from_before_there_were_activations(pair: Pair) -> None:
     assert torch.equal(layer(input_of(pair)), twin(input_of(pair)))
 
 
-@every_pair
+@every_class
 def test_state_dicts_both_ways(pair: Pair) -> None:
     """The activation is no state: the same keys, and either loads what the other saved."""
     ours, theirs = layer_of(pair, ELU), pair[1](5)
@@ -155,10 +118,10 @@ def test_state_dicts_both_ways(pair: Pair) -> None:
 @every_kind
 def test_what_is_drawn_into_a_call(active: Active) -> None:
     """In the place of the layer's activation, and of a residual."""
-    bare, x = layer_of(PAIRS["2d"], Active("tanh")), input_of(PAIRS["2d"])
+    bare, x = layer_of(CLASSES["2d"], Active("tanh")), input_of(CLASSES["2d"])
     of_call = (active.activation, active.activation_param)
     for residual in (None, x.flip(0)):
-        expected = layer_of(PAIRS["2d"], active)(x, residual)
+        expected = layer_of(CLASSES["2d"], active)(x, residual)
         assert torch.equal(bare(x, drawn_in=(residual, *of_call)), expected)
     before = copy.deepcopy(bare.state_dict())
     for wrong in ("relu", ("relu", None), [None, "relu", None]):
@@ -177,7 +140,7 @@ def test_parameters_are_numbers_of_python() -> None:  # a graph's text has them
 def test_the_attribute_may_be_set() -> None:
     layer = bnext.BatchNorm2d(5)
     layer.activation = "relu"
-    assert not (layer(input_of(PAIRS["2d"])) < 0).any()
+    assert not (layer(input_of(CLASSES["2d"])) < 0).any()
 
 
 KNOWN = ", ".join(ACTIVATIONS)
@@ -247,24 +210,24 @@ def test_keywords_only() -> None:
 @every_active
 @pytest.mark.parametrize("training", [True, False])
 def test_compiled_without_a_break(training: bool, active: Active) -> None:
-    eager, compiled = (layer_of(PAIRS["2d"], active, training) for _ in range(2))
+    eager, compiled = (layer_of(CLASSES["2d"], active, training) for _ in range(2))
     call = torch.compile(compiled, fullgraph=True, backend="aot_eager")
-    x = input_of(PAIRS["2d"])
-    assert_same_bits(step(call, compiled, x), step(eager, eager, x))
+    x = input_of(CLASSES["2d"])
+    assert_same_bits(step_and_buffers(compiled, x, call), step_and_buffers(eager, x))
 
 
 def test_compiled_by_inductor() -> None:
-    eager, compiled = (layer_of(PAIRS["2d"], ELU) for _ in range(2))
+    eager, compiled = (layer_of(CLASSES["2d"], ELU) for _ in range(2))
     call = torch.compile(compiled, fullgraph=True)
-    x = input_of(PAIRS["2d"])
-    assert_same_bits(step(call, compiled, x), step(eager, eager, x))
+    x = input_of(CLASSES["2d"])
+    assert_same_bits(step_and_buffers(compiled, x, call), step_and_buffers(eager, x))
 
 
 @every_kind
 @pytest.mark.parametrize("training", [True, False])
 def test_export_and_symbolic_trace(training: bool, active: Active) -> None:
     """One operator, the activation within."""
-    pair, x = PAIRS["2d"], input_of(PAIRS["2d"])
+    pair, x = CLASSES["2d"], input_of(CLASSES["2d"])
     program = torch.export.export(layer_of(pair, active, training), (x,))
     calls = [node.target for node in program.graph.nodes if node.op == "call_function"]
     assert calls[0] == FORWARD
@@ -294,7 +257,7 @@ def test_opcheck(layout: str, dtypes: Dtypes, mode: Mode, active: Active, device
 
 @every_kind
 def test_checkpointing(active: Active) -> None:
-    plain, checkpointed = (layer_of(PAIRS["2d"], active, training=False) for _ in range(2))
-    x = input_of(PAIRS["2d"])
+    plain, checkpointed = (layer_of(CLASSES["2d"], active, training=False) for _ in range(2))
+    x = input_of(CLASSES["2d"])
     call = lambda t: torch.utils.checkpoint.checkpoint(checkpointed, t, use_reentrant=False)  # noqa: E731
-    assert_same_bits(step(call, checkpointed, x), step(plain, plain, x))
+    assert_same_bits(step_and_buffers(checkpointed, x, call), step_and_buffers(plain, x))

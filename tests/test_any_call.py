@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from bnext.functional import ACTIVATIONS
-from test_properties import SETTINGS
+from random_examples import SETTINGS
 
 activations = st.sampled_from([None, None, *ACTIVATIONS, "swish"])
 dtypes = st.sampled_from(

@@ -11,7 +11,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import bnext
-from test_activation_layers import assert_same_bits, step
+from bits import assert_same_bits
+from layers import step_and_buffers
 
 pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
@@ -53,7 +54,7 @@ def test_compiled_without_a_break(backend: str, kind: str, training: bool, optio
     call = torch.compile(compiled, fullgraph=True, backend=backend)
     for factor in (1.0, 2.0):
         x = input_of(kind) * factor
-        assert_same_bits(step(call, compiled, x), step(eager, eager, x))
+        assert_same_bits(step_and_buffers(compiled, x, call), step_and_buffers(eager, x))
 
 
 def test_compiled_in_a_network_with_channels_last() -> None:
@@ -66,7 +67,7 @@ def test_compiled_in_a_network_with_channels_last() -> None:
     x = torch.randn(2, 3, 8, 8).contiguous(memory_format=torch.channels_last)
     eager, compiled = network(), network()
     call = torch.compile(compiled, fullgraph=True, backend="aot_eager")
-    assert_same_bits(step(call, compiled, x), step(eager, eager, x))
+    assert_same_bits(step_and_buffers(compiled, x, call), step_and_buffers(eager, x))
     assert call(x).is_contiguous(memory_format=torch.channels_last)
 
 

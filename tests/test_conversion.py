@@ -7,17 +7,14 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional as F
 
 import bnext
 from bnext.conversion import OUR_ATTRIBUTES, NormActivation
 from cases import ACTIVE, Active
-from networks import NETWORKS, Net, images, make, step
-from test_fusion import CLOSE, every_network, module_of
-from test_modules import CLOSE as CLOSE_OF_A_LAYER
-from test_modules import Pair, every_option, every_pair, inputs
-from test_modules import step as layer_step
+from layers import CLOSE_OF_A_LAYER, Pair, every_option, every_pair, inputs, layer_step
+from networks import CLOSE, NETWORKS, Net, Unlike, every_network, images, make, step
 
 OURS = (bnext.BatchNorm1d, bnext.BatchNorm2d, bnext.BatchNorm3d)
 
@@ -75,11 +72,6 @@ def test_what_a_layer_carries_stays() -> None:
     assert seen == [1] and not torch.equal(layer.bias, before)
 
 
-class Unlike(nn.BatchNorm2d):
-    def forward(self, input: Tensor) -> Tensor:
-        return 2 * super().forward(input)
-
-
 @pytest.mark.parametrize("layer", [Unlike(3), nn.LazyBatchNorm2d(), nn.InstanceNorm2d(3), nn.GroupNorm(1, 3)])
 def test_what_is_something_else_stays(layer: nn.Module) -> None:
     before = type(layer)
@@ -109,7 +101,7 @@ def test_restored_activations(active: Active, with_residual: bool, training: boo
     theirs = copy.deepcopy(ours)
     assert bnext.restore(theirs) is theirs
     assert type(theirs.norm.norm) is nn.BatchNorm2d and theirs.norm.training == training
-    assert repr(theirs.norm.activation) == repr(module_of(active, False))
+    assert repr(theirs.norm.activation) == repr(active.module())
     one, other = step(ours, images()), step(theirs, images())
     torch.testing.assert_close(
         {name.replace("norm.norm", "norm"): g for name, g in other.items()}, one, **CLOSE

@@ -15,9 +15,10 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 import bnext
+from bits import RESULTS, assert_same_bits
 from bnext.functional import batch_norm
 from cases import BFLOAT16_WITH_FLOAT32, FLOAT32, Dtypes
-from on_cuda import DEVICE, RESULTS, SHARED, STEP_IDS, STEPS, Step, assert_same_bits, make_step, needs_cuda
+from on_cuda import DEVICE, SHARED, STEP_IDS, STEPS, Step, make_step, needs_cuda
 
 pytestmark = needs_cuda
 

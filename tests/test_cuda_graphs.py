@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from bits import RESULTS, assert_same_bits
 from cases import BFLOAT16_WITH_FLOAT32, FLOAT32, Dtypes
-from on_cuda import RESULTS, STEP_IDS, STEPS, Captured, assert_same_bits, make_step, needs_cuda
+from on_cuda import STEP_IDS, STEPS, Captured, make_step, needs_cuda
 
 pytestmark = needs_cuda
 

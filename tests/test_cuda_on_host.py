@@ -31,9 +31,10 @@ from cases import (
     Dtypes,
     Mode,
 )
-from host_engine import SMALL, HostCall, Schedule, check, run_and_check
+from host_checks import check, run_and_check
+from host_engine import SMALL, HostCall, Schedule
+from outliers import LONG, MISLED, looked_at
 from problem import make
-from test_accuracy import LONG, MISLED, looked_at
 
 # What the larger shapes below need to be cut as they would be on a real device.
 LARGE_DEVICE = Schedule(multiprocessors=132, block_threads=1024, l2=50 << 20)

@@ -12,9 +12,8 @@ from torch import Tensor
 import host_engine
 from cases import DTYPES, LAYOUT, MODES, TRAIN, Active, Dtypes, Mode
 from host_engine import SMALL, HostCall, Result, Schedule
-from problem import make_active
-from test_cuda_on_host_resident import ALONE, IN_TURNS, SHARED, every_kept
-from test_cuda_on_host_residual import joined
+from problem import joined, make_active
+from resident_cases import ALONE, IN_TURNS, SHARED, every_kept
 
 RELU = Active("relu")
 # Beside SMALL: rows of several batches of whole vectors, of odd ones, with a row that is left over.

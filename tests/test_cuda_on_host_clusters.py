@@ -10,8 +10,8 @@ import pytest
 
 from cases import FLOAT32, LAYOUT, TRAIN, Active, Dtypes
 from host_engine import HostCall, Schedule
-from problem import make
-from test_cuda_on_host_resident import ALONE, CLUSTERS, IN_TURNS, SHARED, SHARING, every_kept, joined, run
+from problem import joined, make
+from resident_cases import ALONE, CLUSTERS, IN_TURNS, SHARED, SHARING, every_kept, run_resident
 
 # Runs that are copied in bulk: joined rows, whole ones, planes whose runs end within what is copied at once.
 LONG_RUNS = [
@@ -34,7 +34,7 @@ def test_clusters(dtypes: Dtypes) -> None:
         for shifts in ((0, 0, 0), (1, 0, 0), (1, 1, 1))
     ]
     sizes = set()
-    for result in run(calls):
+    for result in run_resident(calls):
         sizes |= {
             cluster for cluster, waiting in zip(result.cluster, result.waiting, strict=True) if not waiting
         }
@@ -57,7 +57,7 @@ def test_bulk_copies(dtypes: Dtypes, schedule: Schedule) -> None:
         )
         for bulk, order in ((False, "ascending"), (True, "ascending"), (True, "random"))
     ]
-    results = run(calls)
+    results = run_resident(calls)
     for k in range(0, len(results), 3):
         assert [result.bulk for result in results[k : k + 3]] == [[0, 0], [1, 1], [1, 1]]
         assert len({result.bits() for result in results[k : k + 3]}) == 1
@@ -70,4 +70,4 @@ def test_shifted_tensors_are_not_copied_in_bulk() -> None:
         )
         for shape, name in LONG_RUNS
     ]
-    assert not any(any(result.bulk) for result in run(calls))
+    assert not any(any(result.bulk) for result in run_resident(calls))

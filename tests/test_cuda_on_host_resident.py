@@ -1,8 +1,6 @@
 """The resident CUDA kernels run over an execution model on the CPU (see test_cuda_on_host): one launch each way.
 
-Alone, a block keeps a slab; sharing, blocks wait for each other, all alive at once; in turns, a group of blocks has
-slabs one after another; in clusters, blocks read each other's memory. Every call is whole, against the float64
-reference, with guard zones around all buffers.
+Every call is whole, against the float64 reference, with guard zones around all buffers.
 """
 
 from __future__ import annotations
@@ -17,7 +15,6 @@ from cases import (
     ACTIVE,
     BFLOAT16,
     EVAL,
-    FLOAT16,
     FLOAT32,
     FLOAT64,
     INVERTIBLE,
@@ -32,14 +29,11 @@ from cases import (
     Active,
     Dtypes,
 )
-from host_engine import SMALL, HostCall, Result, Schedule, check
-from problem import Problem, make, make_active
-from test_cuda_on_host_residual import SHIFTS, joined, run_and_check_all
+from host_checks import check
+from host_engine import SHIFTS, SMALL, HostCall, Schedule
+from problem import Problem, joined, make, make_active
+from resident_cases import ALONE, CLUSTERS, IN_TURNS, SHARED, SHARING, every_kept, run_resident
 
-ALONE = Schedule(engine="resident")
-SHARING = replace(ALONE, multiprocessors=24, shared_memory=16 << 10, multiprocessor_memory=34 << 10)
-IN_TURNS = replace(SHARING, multiprocessors=12)
-CLUSTERS = replace(IN_TURNS, cluster_blocks=8)
 LARGE_DEVICE = replace(
     ALONE,
     multiprocessors=132,
@@ -50,29 +44,7 @@ LARGE_DEVICE = replace(
     cluster_blocks=8,
     bulk_copies=True,
 )
-KEPT = [FLOAT32, BFLOAT16, FLOAT16]
-every_kept = pytest.mark.parametrize("dtypes", KEPT, ids=str)
 every_active = pytest.mark.parametrize("active", [*ACTIVE, None], ids=str)
-
-# With SHARING and IN_TURNS, blocks that share a slab: joined rows, columns of odd and of whole vectors, short runs,
-# planes of odd and of whole vectors.
-SHARED = [
-    ((1700, 5), "nc"),
-    ((130, 80), "nc"),
-    ((280, 77), "nc"),
-    ((150, 33, 3, 3), "nchw"),
-    ((33, 3, 17, 31), "nchw"),
-    ((33, 3, 16, 32), "nchw"),
-    ((60, 7, 5, 4), "nhwc"),
-]
-
-
-def run(calls: list[HostCall], variant: str = "plain") -> list[Result]:
-    """Right, and one launch each way."""
-    results = run_and_check_all(calls, variant)
-    for call, result in zip(calls, results, strict=True):
-        assert result.launches == [1, int(call.backward)]
-    return results
 
 
 @every_kept
@@ -93,7 +65,7 @@ def test_alone(dtypes: Dtypes) -> None:
         for shape, name in shapes
         if torch.Size(shape).numel() <= 200_000
     ]
-    run(calls)
+    run_resident(calls)
 
 
 @pytest.mark.parametrize("schedule", [SHARING, IN_TURNS], ids=["sharing", "in turns"])
@@ -105,7 +77,7 @@ def test_blocks_that_wait_for_each_other(dtypes: Dtypes, schedule: Schedule) -> 
         for problem in [make(shape, LAYOUT[name], dtypes, TRAIN)]
         for shifts in ((0, 0, 0), (1, 0, 0), (1, 1, 1))
     ]
-    for result in run(calls):
+    for result in run_resident(calls):
         assert all(1 < waiting <= 2 * schedule.multiprocessors for waiting in result.waiting)
 
 
@@ -121,7 +93,7 @@ def test_activation_and_residual(dtypes: Dtypes, active: Active | None) -> None:
                 HostCall(problem, schedule, shifts=shifts, residual_shifts=others)
                 for shifts, others in (SHIFTS[0], SHIFTS[1], SHIFTS[5])
             ]
-    run(calls)
+    run_resident(calls)
 
 
 @pytest.mark.parametrize("active", INVERTIBLE, ids=str)
@@ -136,7 +108,7 @@ def test_in_place(dtypes: Dtypes, active: Active | None) -> None:
             for shifts in ((0, 0, 0), (1, 1, 1)):
                 calls.append(HostCall(problem, schedule, shifts=shifts))
                 calls.append(HostCall(beside, schedule, shifts=shifts, backward=False))
-    results = run(calls)
+    results = run_resident(calls)
     for call, over, other in zip(calls[::2], results[::2], results[1::2], strict=True):
         assert torch.equal(over.y, other.y), (call.problem.x.shape, call.shifts, call.schedule)
 
@@ -156,7 +128,7 @@ def test_any_order_of_threads_and_blocks_gives_the_same_bits(dtypes: Dtypes) -> 
                 joined(Active("relu"), shape, name, dtypes, TRAIN),
             ):
                 calls += [HostCall(problem, one) for one in schedules]
-    bits = [result.bits() for result in run(calls)]
+    bits = [result.bits() for result in run_resident(calls)]
     for i in range(0, len(calls), len(orders)):
         assert len(set(bits[i : i + len(orders)])) == 1, (calls[i].problem.x.shape, calls[i].schedule)
 
@@ -171,7 +143,7 @@ def test_running_statistics(momentum: float | None, unbiased: bool) -> None:
             problem = make(shape, LAYOUT[name], BFLOAT16, TRAIN)
             problem.momentum, problem.unbiased = momentum, unbiased
             calls.append(HostCall(problem, schedule, counter=6))
-    run(calls)
+    run_resident(calls)
 
 
 def large_mean(name: str) -> Problem:
@@ -185,7 +157,7 @@ def large_mean(name: str) -> Problem:
 def test_a_large_mean_costs_no_digits(name: str) -> None:
     """As in test_cuda_on_host, with the same limit."""
     call = HostCall(large_mean(name), replace(LARGE_DEVICE, block_threads=64))
-    (result,) = run([call])
+    (result,) = run_resident([call])
     x = call.problem.x.double()
     var, mean = torch.var_mean(x, (0, 2, 3), unbiased=False, keepdim=True)
     assert (result.y.double() - (x - mean) / (var + call.problem.eps).sqrt()).abs().max() <= 2e-6
@@ -221,7 +193,7 @@ def test_only_what_was_asked_for() -> None:
         for dweight in (True, False)
         for dbias in (True, False)
     ]
-    run(calls)
+    run_resident(calls)
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,8 @@ import pytest
 import host_engine
 from cases import BFLOAT16, FLOAT16, FLOAT32, LAYOUT, TRAIN, Active, Dtypes
 from host_engine import SMALL, Fault, HostCall, Schedule
-from problem import make, make_active
-from test_cuda_on_host_resident import ALONE, IN_TURNS, SHARED, SHARING, joined, run
+from problem import joined, make, make_active
+from resident_cases import ALONE, IN_TURNS, SHARED, SHARING, run_resident
 
 FEW = replace(IN_TURNS, multiprocessors=2)
 
@@ -71,7 +71,7 @@ def test_sanitizers_find_nothing(variant: str, dtypes: Dtypes) -> None:
         ]
         shifts = ((0, 0, 0), (1, 1, 1))
         calls += [HostCall(p, schedule, shifts=shift, counter=1) for p in problems for shift in shifts]
-    results = run(calls, variant)
+    results = run_resident(calls, variant)
     assert any(max(result.waiting) > 1 for result in results)
     assert any(max(result.cluster) > 1 for result in results)
     assert any(max(result.bulk) for result in results)

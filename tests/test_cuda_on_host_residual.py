@@ -6,7 +6,6 @@ guard zones around all buffers.
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
 
@@ -27,11 +26,11 @@ from cases import (
     TRAIN,
     Active,
     Dtypes,
-    Layout,
     Mode,
 )
-from host_engine import SMALL, Fault, HostCall, Result, Schedule, check
-from problem import Problem, make_active
+from host_checks import run_and_check
+from host_engine import SHIFTS, SMALL, Fault, HostCall, Schedule
+from problem import Problem, joined, make_active
 
 # By a mask, by a mask with two thresholds, with the residual once more, without either.
 KINDS = [Active("relu"), Active("leaky_relu"), Active("relu6"), Active("gelu"), None]
@@ -41,58 +40,10 @@ every_masked = pytest.mark.parametrize("active", MASKED, ids=str)
 every_invertible = pytest.mark.parametrize("active", INVERTIBLE, ids=str)
 every_dtype = pytest.mark.parametrize("dtypes", DTYPES, ids=str)
 every_mode = pytest.mark.parametrize("mode", MODES, ids=str)
-# x, dy and outputs; residual and its gradient.
-SHIFTS = [
-    ((0, 0, 0), (0, 0)),
-    ((1, 0, 1), (1, 0)),
-    ((0, 0, 0), (1, 1)),
-    ((0, 1, 1), (0, 0)),
-    ((0, 0, 3), (2, 1)),
-    ((1, 1, 1), (1, 1)),
-]
-
-
-def joined(
-    active: Active | None,
-    shape: tuple[int, ...],
-    layout: Layout | str,
-    dtypes: Dtypes,
-    mode: Mode,
-    parameters: tuple[str, ...] = ("weight", "bias"),
-) -> Problem:
-    layout = LAYOUT[layout] if isinstance(layout, str) else layout
-    return make_active(active, shape, layout, dtypes, mode, parameters, residual=layout)
 
 
 def in_place(active: Active | None, shape: tuple[int, ...], name: str, dtypes: Dtypes, mode: Mode) -> Problem:
     return make_active(active, shape, LAYOUT[name], dtypes, mode, inplace=True)
-
-
-def check_mask(call: HostCall, result: Result) -> None:
-    """Every bit, and zeros behind them."""
-    if not call.masked:
-        assert result.mask is None
-        return
-    problem, y = call.problem, result.y
-    passes = result.passes()
-    z, error = problem.affine
-    above = problem.activation == "relu6"
-    known = np.minimum(np.abs(z), np.abs(z - 6) if above else np.inf) > error
-    assert known.mean() > 0.99
-    np.testing.assert_array_equal(passes.numpy()[known], ((z > 0) & ((z < 6) | (not above)))[known])
-    if not above or y.element_size() > 2:  # what is selected keeps its bits, so that y tells of every element
-        assert torch.equal(passes, (y > 0) & ((y < 6) | (not above)))
-    assert result.mask is not None
-    rest = np.unpackbits(result.mask.numpy(), bitorder="little")[y.numel() :]
-    assert not rest.any()
-
-
-def run_and_check_all(calls: list[HostCall], variant: str = "plain") -> list[Result]:
-    results = host_engine.run(calls, variant)
-    for call, result in zip(calls, results, strict=True):
-        check(call, result)
-        check_mask(call, result)
-    return results
 
 
 @pytest.mark.parametrize("active", [*ACTIVE, None], ids=str)
@@ -107,14 +58,14 @@ def test_against_the_reference(dtypes: Dtypes, mode: Mode, active: Active | None
         for problem in [joined(active, SHAPE_OF_RANK[layout.rank], layout, dtypes, mode)]
         for shifts, others in (SHIFTS if active in KINDS else SHIFTS[:2])
     ]
-    run_and_check_all(calls)
+    run_and_check(calls)
 
 
 @every_kind
 @every_dtype
 def test_off_boundaries(dtypes: Dtypes, active: Active | None) -> None:
     """Whole vectors that begin anywhere, and bytes of the mask that vectors share."""
-    run_and_check_all(
+    run_and_check(
         [
             HostCall(problem, shifts=shifts, residual_shifts=others)
             for shape, name in SMALL
@@ -128,7 +79,7 @@ def test_off_boundaries(dtypes: Dtypes, active: Active | None) -> None:
 @every_kind
 @every_mode
 def test_every_parameter_set(mode: Mode, active: Active | None) -> None:
-    run_and_check_all(
+    run_and_check(
         [
             HostCall(joined(active, shape, name, dtypes, mode, parameters))
             for dtypes in (FLOAT32, BFLOAT16)
@@ -147,7 +98,7 @@ def test_larger_shapes(shape: tuple[int, ...], name: str, dtypes: Dtypes, active
     """Cut as a small device would, and as a large one."""
     schedules = (Schedule(), Schedule(multiprocessors=132, block_threads=1024, l2=50 << 20))
     problems = [joined(active, shape, name, dtypes, mode) for mode in (TRAIN, EVAL)]
-    run_and_check_all([HostCall(p, schedule) for p in problems for schedule in schedules])
+    run_and_check([HostCall(p, schedule) for p in problems for schedule in schedules])
 
 
 @every_masked
@@ -155,8 +106,8 @@ def test_larger_shapes(shape: tuple[int, ...], name: str, dtypes: Dtypes, active
 def test_mask_and_residual_tell_the_same(dtypes: Dtypes, active: Active) -> None:
     """What the mask lets through is what is found again from x and the residual, bit for bit."""
     problems = [joined(active, shape, name, dtypes, TRAIN) for shape, name in SMALL]
-    with_mask = run_and_check_all([HostCall(p) for p in problems])
-    without = run_and_check_all([HostCall(p, mask=False) for p in problems])
+    with_mask = run_and_check([HostCall(p) for p in problems])
+    without = run_and_check([HostCall(p, mask=False) for p in problems])
     for one, two in zip(with_mask, without, strict=True):
         assert one.dresidual is not None and two.dresidual is not None
         assert torch.equal(one.dresidual, two.dresidual) and torch.equal(one.y, two.y)
@@ -172,7 +123,7 @@ def test_only_what_was_asked_for(mode: Mode, active: Active | None) -> None:
         for shape, name in SMALL
         for wanted in wishes
     ]
-    for call, result in zip(calls, run_and_check_all(calls), strict=True):
+    for call, result in zip(calls, run_and_check(calls), strict=True):
         dx = call.wanted[0]
         kernels = 1 + (dx and mode.batch) if any(call.wanted) else 0
         assert result.launches == [1 + mode.batch, kernels]
@@ -236,7 +187,7 @@ def test_in_place(dtypes: Dtypes, mode: Mode, active: Active | None) -> None:
             schedules = (Schedule(), Schedule("random", 2, 3))
             calls += [HostCall(problem, schedule, shifts=shifts) for schedule in schedules]
             calls.append(HostCall(beside, shifts=shifts, backward=False))
-    results = run_and_check_all(calls)
+    results = run_and_check(calls)
     for call, first, second, other in zip(
         calls[::3], results[::3], results[1::3], results[2::3], strict=True
     ):
@@ -275,7 +226,7 @@ def test_sanitizers_find_nothing(active: Active | str | None, variant: str) -> N
         for dtypes in (FLOAT32, BFLOAT16)
         for mode in (TRAIN, EVAL)
     ]
-    run_and_check_all(
+    run_and_check(
         [HostCall(p, schedule, shifts=shifts) for p in problems for shifts in ((0, 0, 0), (0, 0, 1))], variant
     )
 

@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 from torch.library import opcheck
 
 import bnext
+from bits import assert_same_bits
 from bnext.functional import ACTIVATIONS, WITH_PARAMETER, batch_norm
 from cases import (
     BFLOAT16_WITH_FLOAT32,
@@ -21,12 +22,14 @@ from cases import (
     FLOAT64,
     INVERTIBLE,
     LAYOUT,
+    RESIDUAL_KINDS,
     SHAPE_OF_RANK,
     TRAIN,
     Active,
     Dtypes,
     Mode,
 )
+from layers import CLASSES, Pair, every_class, every_copy, input_of, step_and_buffers
 from operators import (
     BACKWARD,
     FORWARD,
@@ -36,22 +39,11 @@ from operators import (
     inplace_arguments,
 )
 from problem import make_active
-from test_activation_layers import (
-    PAIRS,
-    Pair,
-    assert_same_bits,
-    every_pair,
-    input_of,
-    through_pickle,
-    through_save,
-)
 
 pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
 ELU = Active("elu", 0.5)
-# A mask is kept, a residual, nothing.
-KINDS = [Active("relu"), Active("silu"), None]
-every_kind = pytest.mark.parametrize("active", KINDS, ids=str)
+every_kind = pytest.mark.parametrize("active", RESIDUAL_KINDS, ids=str)
 both_modes = pytest.mark.parametrize("training", [True, False])
 
 
@@ -74,33 +66,30 @@ class Block(nn.Module):
         return self.last(self.norm(z) if self.norm.inplace else self.norm(z, x))
 
 
-BLOCKS = [*((active, False) for active in KINDS), (None, True), (Active("leaky_relu"), True), (ELU, True)]
+BLOCKS = [
+    *((active, False) for active in RESIDUAL_KINDS),
+    (None, True),
+    (Active("leaky_relu"), True),
+    (ELU, True),
+]
 every_block = pytest.mark.parametrize(("active", "inplace"), BLOCKS, ids=str)
-
-
-def step(call: Any, block: Block) -> list[Tensor]:
-    """y, gradients and buffers of one training step."""
-    x = input_of(PAIRS["2d"]).requires_grad_()
-    block.zero_grad()
-    y = call(x)
-    (y * torch.linspace(-1, 1, y.numel()).view_as(y)).sum().backward()
-    tensors = [y, x.grad, *(p.grad for p in block.parameters()), *block.buffers()]
-    return [tensor.detach().clone() for tensor in tensors]
 
 
 @every_block
 def test_compiled_without_a_break(active: Active | None, inplace: bool) -> None:
     eager, compiled = (Block(active, inplace) for _ in range(2))
     call = torch.compile(compiled, fullgraph=True, backend="aot_eager")
+    x = input_of(CLASSES["2d"])
     for _ in range(2):
-        assert_same_bits(step(call, compiled), step(eager, eager))
+        assert_same_bits(step_and_buffers(compiled, x, call), step_and_buffers(eager, x))
 
 
 @pytest.mark.parametrize(("active", "inplace"), [BLOCKS[0], BLOCKS[-1]], ids=str)
 def test_compiled_by_inductor(active: Active | None, inplace: bool) -> None:
     eager, compiled = (Block(active, inplace) for _ in range(2))
     call = torch.compile(compiled, fullgraph=True)
-    first, second = step(call, compiled), step(eager, eager)
+    x = input_of(CLASSES["2d"])
+    first, second = step_and_buffers(compiled, x, call), step_and_buffers(eager, x)
     # Convolutions may be given other layouts.
     torch.testing.assert_close(first, second, rtol=1e-4, atol=1e-5)
 
@@ -116,7 +105,7 @@ def test_compiled_over_the_graphs_own_input(training: bool, active: Active | Non
             training
         )
         call = torch.compile(layer, fullgraph=True, backend="aot_eager") if compiled else layer
-        leaf = input_of(PAIRS["2d"]).requires_grad_()
+        leaf = input_of(CLASSES["2d"]).requires_grad_()
         x = leaf * 2
         y = call(x)
         assert torch.equal(x, y)
@@ -128,11 +117,11 @@ def test_compiled_over_the_graphs_own_input(training: bool, active: Active | Non
 @every_block
 @both_modes
 def test_export(training: bool, active: Active | None, inplace: bool) -> None:
-    program = torch.export.export(Block(active, inplace, training), (input_of(PAIRS["2d"]),))
+    program = torch.export.export(Block(active, inplace, training), (input_of(CLASSES["2d"]),))
     assert (INPLACE if inplace else FORWARD) in [node.target for node in program.graph.nodes]
     block, module = Block(active, inplace, training), program.module()
     for factor in (1, 2):
-        x = input_of(PAIRS["2d"]) * factor
+        x = input_of(CLASSES["2d"]) * factor
         assert torch.equal(module(x), block(x))
     assert torch.equal(dict(module.named_buffers())["norm.running_var"], block.norm.running_var)
 
@@ -144,12 +133,12 @@ def test_symbolic_trace(active: Active | None, inplace: bool) -> None:
     traced.graph.eliminate_dead_code()
     traced.recompile()
     assert (INPLACE if inplace else FORWARD) in [node.target for node in traced.graph.nodes]
-    x = input_of(PAIRS["2d"])
+    x = input_of(CLASSES["2d"])
     assert torch.equal(traced(x), block(x))
 
 
-@pytest.mark.parametrize("copied", [copy.deepcopy, copy.copy, through_pickle, through_save])
-@every_pair
+@every_copy
+@every_class
 def test_copies(pair: Pair, copied: Callable[[nn.Module], nn.Module]) -> None:
     layer = pair[0](5, activation="elu", activation_param=0.5, inplace=True).eval()
     other, x = copied(layer), input_of(pair)
@@ -158,7 +147,7 @@ def test_copies(pair: Pair, copied: Callable[[nn.Module], nn.Module]) -> None:
     assert y is x and torch.equal(y, layer(input_of(pair)))
 
 
-@every_pair
+@every_class
 def test_repr(pair: Pair) -> None:
     plain = repr(pair[1](5))[:-1]
     assert repr(pair[0](5, inplace=True)) == plain + ", inplace=True)"
@@ -166,7 +155,7 @@ def test_repr(pair: Pair) -> None:
     assert repr(layer) == plain + ", activation=elu, activation_param=0.5, inplace=True)"
 
 
-@every_pair
+@every_class
 def test_pickles_from_before_there_was_inplace(pair: Pair) -> None:
     state = copy.deepcopy(pair[0](5, activation="relu").__dict__)
     del state["inplace"]
@@ -177,7 +166,7 @@ def test_pickles_from_before_there_was_inplace(pair: Pair) -> None:
     assert torch.equal(layer(x, x), pair[0](5, activation="relu")(x, x))
 
 
-@every_pair
+@every_class
 def test_state_dicts_both_ways(pair: Pair) -> None:
     ours, theirs = pair[0](5, inplace=True), pair[1](5)
     ours(input_of(pair))
@@ -227,22 +216,22 @@ def test_what_cannot_be_inverted(name: str, param: float | None) -> None:
 def test_the_constructor_takes_what_can(active: Active | None) -> None:
     given = (active.activation, active.activation_param) if active else (None, None)
     layer = bnext.BatchNorm1d(5, activation=given[0], activation_param=given[1], inplace=True)
-    x = input_of(PAIRS["1d"])
+    x = input_of(CLASSES["1d"])
     assert layer(x) is x
 
 
 def test_inplace_beside_a_residual() -> None:
-    layer, x = bnext.BatchNorm1d(5, inplace=True), input_of(PAIRS["1d"])
+    layer, x = bnext.BatchNorm1d(5, inplace=True), input_of(CLASSES["1d"])
     with pytest.raises(ValueError, match="inplace=True without a residual"):
         layer(x, x)
-    assert torch.equal(x, input_of(PAIRS["1d"])) and layer.num_batches_tracked == 0
+    assert torch.equal(x, input_of(CLASSES["1d"])) and layer.num_batches_tracked == 0
 
 
 OPCHECK_CASES = [
-    ("nchw", FLOAT32, TRAIN, KINDS[0]),
-    ("nhwc", BFLOAT16_WITH_FLOAT32, EVAL, KINDS[0]),
-    ("nc", FLOAT64, TRAIN, KINDS[1]),
-    ("nhwc", FLOAT32, TRAIN, KINDS[2]),
+    ("nchw", FLOAT32, TRAIN, RESIDUAL_KINDS[0]),
+    ("nhwc", BFLOAT16_WITH_FLOAT32, EVAL, RESIDUAL_KINDS[0]),
+    ("nc", FLOAT64, TRAIN, RESIDUAL_KINDS[1]),
+    ("nhwc", FLOAT32, TRAIN, RESIDUAL_KINDS[2]),
 ]
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import io
-from collections import Counter
 from collections.abc import Callable
 
 import pytest
@@ -14,37 +13,9 @@ from torch.nn import functional as F
 
 import bnext
 from bnext.fused_forward import FusedForward
-from bnext.modules import FusedBatchNorm
-from bnext.tracing import trace
 from cases import ACTIVE, Active
-from networks import NETWORKS, BasicBlock, Net, images, make, stack, step
-
-# Two float64 computations of a network of a few layers with weights around 1: some hundred roundings, enlarged by
-# the division by a standard deviation in each layer.
-CLOSE = {"rtol": 1e-9, "atol": 1e-9}
-
-every_network = pytest.mark.parametrize("network", NETWORKS.values(), ids=NETWORKS.keys())
-
-
-def counts(network: nn.Module) -> dict[str, int]:
-    """Of what a fused network of one input calls, by the graph of its forward."""
-    graph = trace(network, 1)
-    assert graph is not None
-    found: Counter[str] = Counter()
-    for node in graph.nodes:
-        if node.op == "call_module":
-            layer = network.get_submodule(node.target)
-            if isinstance(layer, FusedBatchNorm):
-                residual, name, _ = node.kwargs.get("drawn_in", (None, layer.activation, None))
-                found["norm" + "+add" * (residual is not None) + f"+{name}" * bool(name)] += 1
-            elif isinstance(layer, nn.ReLU | nn.LeakyReLU | nn.SiLU | nn.Hardswish):
-                found["activation"] += 1
-        elif "add" in str(node.target):
-            found["add"] += 1
-        elif "relu" in str(node.target):
-            found["activation"] += 1
-    return dict(found)
-
+from fusing import counts
+from networks import CLOSE, NETWORKS, BasicBlock, Net, every_network, images, make, stack, step
 
 EXPECTED = {
     "torchvision": {"norm": 1, "norm+leaky_relu": 1, "norm+relu": 2, "norm+add+relu": 2},
@@ -101,26 +72,10 @@ def test_copies_compute_and_count_alone() -> None:
 
 
 FORMS: dict[str, Callable[[Active, bool], nn.Module]] = {
-    "module": lambda active, inplace: Net(lambda net, x: net.f(net.norm(x)), f=module_of(active, inplace)),
+    "module": lambda active, inplace: Net(lambda net, x: net.f(net.norm(x)), f=active.module(inplace)),
     "function": lambda active, inplace: Net(lambda net, x: function_of(active, inplace)(net.norm(x))),
 }
-MODULES = {
-    "relu": nn.ReLU,
-    "leaky_relu": nn.LeakyReLU,
-    "relu6": nn.ReLU6,
-    "silu": nn.SiLU,
-    "gelu": nn.GELU,
-    "elu": nn.ELU,
-    "hardswish": nn.Hardswish,
-    "sigmoid": nn.Sigmoid,
-    "tanh": nn.Tanh,
-}
 NEVER_IN_PLACE = {"gelu", "sigmoid", "tanh"}  # torch has no such argument
-
-
-def module_of(active: Active, inplace: bool) -> nn.Module:
-    given = () if active.activation_param is None else (active.activation_param,)
-    return MODULES[active.activation](*given, **({"inplace": True} if inplace else {}))
 
 
 def function_of(active: Active, inplace: bool) -> Callable[..., torch.Tensor]:

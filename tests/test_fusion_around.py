@@ -18,9 +18,9 @@ from torch.nn import functional as F
 import bnext
 from bnext import randomness
 from bnext.fused_forward import FusedForward
+from fusing import counts
 from graphless import block, conv, norm
-from networks import NETWORKS, Net, images, make, step
-from test_fusion import CLOSE, counts
+from networks import CLOSE, NETWORKS, Net, images, make, step
 
 
 class Add(nn.Module):

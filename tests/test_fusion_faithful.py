@@ -18,9 +18,9 @@ from torch.utils._pytree import register_pytree_node
 
 import bnext
 from bnext.equality import Behaviour
+from fusing import counts
 from graphless import NETS, block, conv, norm, with_forward
-from networks import Net, images, make, step
-from test_fusion import CLOSE, counts
+from networks import CLOSE, Net, images, make, step
 
 
 def network(name: str) -> nn.Module:

@@ -17,9 +17,9 @@ from torch.nn import functional as F
 
 import bnext
 from bnext.fused_forward import FusedForward
+from fusing import counts
 from graphless import Reversal, block, conv, norm
-from networks import NETWORKS, Net, images, make, step
-from test_fusion import CLOSE, counts
+from networks import CLOSE, NETWORKS, Net, images, make, step
 
 
 class Clip(Reversal):

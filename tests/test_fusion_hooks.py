@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 import bnext
-from networks import NETWORKS, images, make, step
-from test_fusion import CLOSE
+from networks import CLOSE, NETWORKS, images, make, step
 
 
 def halved(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:

@@ -12,9 +12,8 @@ from torch.nn import functional as F
 
 import bnext
 from bnext.fused_forward import FusedForward
-from networks import BasicBlock, FunctionalBlock, Net, images, make, step
-from test_fusion import CLOSE, counts
-from test_fusion_refusals import Unlike
+from fusing import counts
+from networks import CLOSE, BasicBlock, FunctionalBlock, Net, Unlike, images, make, step
 
 BLOCK = {"norm+relu": 1, "norm+add+relu": 1}
 

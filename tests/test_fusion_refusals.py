@@ -13,15 +13,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import bnext
-from networks import Net, images, step
-from test_fusion import CLOSE, counts
-
-
-class Unlike(nn.BatchNorm2d):
-    """A subclass computes what it likes."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        return 2 * super().forward(input)
+from fusing import counts
+from networks import CLOSE, Net, Unlike, images, step
+from random_examples import SETTINGS
 
 
 def norm(**options: float) -> nn.BatchNorm2d:
@@ -166,7 +160,7 @@ programs = st.lists(
 
 
 @given(program=programs, results=st.lists(st.integers(0, 9), min_size=1, max_size=3))
-@settings(max_examples=100, deadline=None, derandomize=True, database=None)
+@settings(SETTINGS, max_examples=100)
 def test_any_program(program: list[tuple[str, int, int]], results: list[int]) -> None:
     """Of batch norms, additions and activations, over memory or not, every value of which may be read again."""
 

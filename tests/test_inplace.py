@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from bits import assert_same_bits
 from bnext.functional import batch_norm
 from cases import (
     BFLOAT16_WITH_FLOAT32,
@@ -23,6 +24,9 @@ from cases import (
     MODES,
     PARAMETERS,
     SHAPE_OF_RANK,
+    SPLIT,
+    SPLIT_IDS,
+    THREADS,
     TRAIN,
     Active,
     Dtypes,
@@ -31,7 +35,6 @@ from cases import (
 )
 from operators import FORWARD, INPLACE, forward_arguments, inplace_arguments
 from problem import Problem, make_active
-from test_determinism import LARGE, LARGE_IDS, THREADS, assert_same_bits, results_of
 
 every_active = pytest.mark.parametrize("active", INVERTIBLE, ids=str)
 every_dtype = pytest.mark.parametrize("dtypes", DTYPES, ids=str)
@@ -102,7 +105,7 @@ def test_sizes(dtypes: Dtypes, mode: Mode, active: Active | None, device: str) -
         check_all(make(active, shape, layout, dtypes, mode, device=device))
 
 
-@pytest.mark.parametrize(("layout", "shape"), LARGE[::2], ids=LARGE_IDS[::2])
+@pytest.mark.parametrize(("layout", "shape"), SPLIT[::2], ids=SPLIT_IDS[::2])
 def test_several_threads_and_tiles(layout: str, shape: tuple[int, ...], device: str) -> None:
     check_all(make(Active("elu"), shape, layout, FLOAT32, TRAIN, device=device))
 
@@ -230,14 +233,14 @@ def test_derivatives(layout: str, mode: Mode, active: Active | None, device: str
     [(Active("elu"), FLOAT32, TRAIN), (Active("leaky_relu"), BFLOAT16_WITH_FLOAT32, EVAL)],
     ids=str,
 )
-@pytest.mark.parametrize(("layout", "shape"), LARGE, ids=LARGE_IDS)
+@pytest.mark.parametrize(("layout", "shape"), SPLIT, ids=SPLIT_IDS)
 def test_any_number_of_threads(
     layout: str, shape: tuple[int, ...], dtypes: Dtypes, mode: Mode, active: Active | None
 ) -> None:
     collected = []
     for threads in THREADS:
         torch.set_num_threads(threads)
-        collected.append(results_of(make(active, shape, layout, dtypes, mode)))
+        collected.append(make(active, shape, layout, dtypes, mode).step())
     for other in collected[1:]:
         assert_same_bits(collected[0], other)
 

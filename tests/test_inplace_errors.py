@@ -11,8 +11,8 @@ from torch import Tensor
 
 from bnext.functional import batch_norm
 from cases import EVAL, FLOAT32, LAYOUT, TRAIN, Mode
+from inplace_inputs import leaf, values
 from problem import make_active
-from test_inplace_graph import leaf, values
 
 HINT = "expected activation None, leaky_relu or elu, with a positive parameter, but got "
 # An input, arguments, and what is said.

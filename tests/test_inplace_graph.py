@@ -27,6 +27,7 @@ from cases import (
     Layout,
     Mode,
 )
+from inplace_inputs import leaf, values
 from problem import make_active
 
 every_active = pytest.mark.parametrize("active", INVERTIBLE, ids=str)
@@ -122,15 +123,6 @@ def test_a_slice(where: str, mode: Mode, active: Active | None, device: str) -> 
         results.append([base.detach(), *grads])
     largest = max(float(tensor.abs().max()) for tensor in results[1])
     torch.testing.assert_close(*results, rtol=1e-9, atol=1e-12 * largest)
-
-
-def leaf() -> Tensor:
-    return torch.randn(4, 3, 5, generator=torch.Generator().manual_seed(1)).requires_grad_()
-
-
-def values() -> Tensor:
-    """Computed, so that they may be written over."""
-    return leaf() * 1
 
 
 def test_a_leaf_that_requires_no_grad() -> None:

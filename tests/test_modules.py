@@ -3,46 +3,26 @@
 from __future__ import annotations
 
 import copy
-import inspect
-import io
 import itertools
-import pickle
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import bnext
-
-# Ours, torch's, and an input for both.
-PAIRS = {
-    "1d-nc": (bnext.BatchNorm1d, nn.BatchNorm1d, (16, 5)),
-    "1d-ncl": (bnext.BatchNorm1d, nn.BatchNorm1d, (4, 5, 9)),
-    "2d": (bnext.BatchNorm2d, nn.BatchNorm2d, (4, 5, 6, 7)),
-    "3d": (bnext.BatchNorm3d, nn.BatchNorm3d, (2, 5, 3, 4, 5)),
-}
-Pair = tuple[type[nn.Module], type[nn.Module], tuple[int, ...]]
-every_pair = pytest.mark.parametrize("pair", PAIRS.values(), ids=PAIRS.keys())
-
-# Every way to make the layer that changes what it holds or does.
-TORCH_TAKES_BIAS = "bias" in inspect.signature(nn.BatchNorm2d).parameters  # not in 2.11
-OPTIONS: list[dict[str, Any]] = [
-    {},
-    {"affine": False},
-    *([{"bias": False}] if TORCH_TAKES_BIAS else []),
-    {"track_running_stats": False},
-    {"affine": False, "track_running_stats": False},
-    {"momentum": None},
-    {"momentum": 0.3, "eps": 1e-2},
-]
-every_option = pytest.mark.parametrize(
-    "options", OPTIONS, ids=lambda o: ",".join(f"{k}={v}" for k, v in o.items()) or "default"
+from layers import (
+    CLOSE_OF_A_LAYER,
+    PAIRS,
+    TORCH_TAKES_BIAS,
+    Pair,
+    every_copy,
+    every_option,
+    every_pair,
+    inputs,
+    layer_step,
 )
-
-# Two float64 computations of one formula, a few dozen roundings of values below 10.
-CLOSE = {"rtol": 1e-12, "atol": 1e-13}
 
 
 def twins(
@@ -58,22 +38,6 @@ def twins(
     return ours, theirs
 
 
-def inputs(
-    pair: Pair, device: str = "cpu", dtype: torch.dtype = torch.float64, count: int = 3
-) -> list[Tensor]:
-    torch.manual_seed(12)
-    return [(torch.randn(pair[2], dtype=torch.float64) * 2 + 1).to(device, dtype) for _ in range(count)]
-
-
-def step(layer: nn.Module, x: Tensor) -> list[Tensor | None]:
-    """y and all gradients of one step, the loss being a weighted sum."""
-    x = x.clone().requires_grad_()
-    layer.zero_grad()
-    y = layer(x)
-    (y * torch.linspace(-1, 2, y.numel(), dtype=y.dtype, device=y.device).view_as(y)).sum().backward()
-    return [y.detach(), x.grad, *(parameter.grad for parameter in layer.parameters())]
-
-
 @every_option
 @every_pair
 def test_same_training_and_eval(pair: Pair, options: dict[str, Any], device: str) -> None:
@@ -81,8 +45,8 @@ def test_same_training_and_eval(pair: Pair, options: dict[str, Any], device: str
     for mode in (True, True, True, False, True, False):
         ours.train(mode), theirs.train(mode)
         for x in inputs(pair, device):
-            torch.testing.assert_close(step(ours, x), step(theirs, x), **CLOSE)
-    torch.testing.assert_close(ours.state_dict(), theirs.state_dict(), **CLOSE)
+            torch.testing.assert_close(layer_step(ours, x), layer_step(theirs, x), **CLOSE_OF_A_LAYER)
+    torch.testing.assert_close(ours.state_dict(), theirs.state_dict(), **CLOSE_OF_A_LAYER)
 
 
 @pytest.mark.parametrize("train_flags", list(itertools.product([True, False], repeat=3)), ids=str)
@@ -94,8 +58,8 @@ def test_same_when_tracking_is_flipped(train_flags: tuple[bool, ...], device: st
             layer.track_running_stats = track
         for training in (True, False):
             ours.train(training), theirs.train(training)
-            torch.testing.assert_close(step(ours, x), step(theirs, x), **CLOSE)
-    torch.testing.assert_close(ours.state_dict(), theirs.state_dict(), **CLOSE)
+            torch.testing.assert_close(layer_step(ours, x), layer_step(theirs, x), **CLOSE_OF_A_LAYER)
+    torch.testing.assert_close(ours.state_dict(), theirs.state_dict(), **CLOSE_OF_A_LAYER)
 
 
 def test_same_when_buffers_are_removed(device: str) -> None:
@@ -105,7 +69,7 @@ def test_same_when_buffers_are_removed(device: str) -> None:
         layer.running_mean = layer.running_var = None
         layer.eval()
     (x,) = inputs(PAIRS["2d"], device, count=1)
-    torch.testing.assert_close(step(ours, x), step(theirs, x), **CLOSE)
+    torch.testing.assert_close(layer_step(ours, x), layer_step(theirs, x), **CLOSE_OF_A_LAYER)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -114,7 +78,7 @@ def test_dtypes_are_torchs(dtype: torch.dtype, own: bool, device: str) -> None:
     """Of the output, every gradient and every buffer; the values are test_forward's business."""
     ours, theirs = twins(PAIRS["2d"], device, dtype if own else torch.float32)
     for x in inputs(PAIRS["2d"], device, dtype, count=1):
-        for mine, other in zip(step(ours, x), step(theirs, x), strict=True):
+        for mine, other in zip(layer_step(ours, x), layer_step(theirs, x), strict=True):
             assert mine is not None and other is not None
             assert (mine.dtype, mine.shape, mine.device) == (other.dtype, other.shape, other.device)
     for (name, mine), (_, other) in zip(ours.state_dict().items(), theirs.state_dict().items(), strict=True):
@@ -184,18 +148,7 @@ def test_state_dict_of_version_1(pair: Pair) -> None:
         layer.load_state_dict(state)
 
 
-def through_pickle(layer: nn.Module) -> nn.Module:
-    return pickle.loads(pickle.dumps(layer))
-
-
-def through_save(layer: nn.Module) -> nn.Module:
-    file = io.BytesIO()
-    torch.save(layer, file)
-    file.seek(0)
-    return torch.load(file, weights_only=False)
-
-
-@pytest.mark.parametrize("copied", [copy.deepcopy, copy.copy, through_pickle, through_save])
+@every_copy
 @every_pair
 def test_copies(pair: Pair, copied: Callable[[nn.Module], nn.Module]) -> None:
     ours, _ = twins(pair)
@@ -217,7 +170,7 @@ def test_takes_over_the_state_of_torchs_class(pair: Pair) -> None:
     layer.__setstate__(copy.deepcopy(theirs.__dict__))
     assert layer.unbiased_running_var
     (x,) = inputs(pair, count=1)
-    torch.testing.assert_close(layer(x), theirs(x), **CLOSE)
+    torch.testing.assert_close(layer(x), theirs(x), **CLOSE_OF_A_LAYER)
 
 
 @every_pair
@@ -284,8 +237,8 @@ def test_checkpointing_updates_twice_as_torch_does(device: str) -> None:
         y = torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=False)
         y.square().sum().backward()
     assert ours.num_batches_tracked.item() == theirs.num_batches_tracked.item()
-    torch.testing.assert_close(ours.running_var, theirs.running_var, **CLOSE)
-    torch.testing.assert_close(ours.weight.grad, theirs.weight.grad, **CLOSE)
+    torch.testing.assert_close(ours.running_var, theirs.running_var, **CLOSE_OF_A_LAYER)
+    torch.testing.assert_close(ours.weight.grad, theirs.weight.grad, **CLOSE_OF_A_LAYER)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ pytest.importorskip("rich", reason="rich is in the bench extra: make lint instal
 
 from benchmarks import networks
 from benchmarks.resnet import KINDS, resnet
-from test_fusion import counts
+from fusing import counts
 
 SMALL = ["--network", "resnet18", "--batch", "2", "--image", "32", "--rounds", "2", "--dtype", "float32"]
 

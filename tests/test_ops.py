@@ -27,6 +27,7 @@ from cases import (
     Layout,
     Mode,
 )
+from composed import elementary
 from operators import BACKWARD, FORWARD, INPLACE, backward_arguments, forward_arguments
 from problem import Problem, make
 
@@ -84,25 +85,12 @@ def test_derivatives_for_subsets(layout: str, mode: Mode, wanted: tuple[str, ...
     assert_derivatives_hold(problem, *wanted)
 
 
-def composed(problem: Problem) -> Tensor:
-    """The formula in torch's elementary operations, which autograd can differentiate as often as it likes."""
-
-    def along(values: Tensor) -> Tensor:
-        return values.view(1, -1, 1, 1)
-
-    mean, var = problem.running_mean, problem.running_var
-    if problem.batch:
-        mean, var = problem.x.mean((0, 2, 3)), problem.x.var((0, 2, 3), correction=0)
-    xhat = (problem.x - along(mean)) * along(var + problem.eps).rsqrt()
-    return xhat * along(problem.weight) + along(problem.bias)
-
-
 @pytest.mark.parametrize("mode", MODES, ids=str)
 @pytest.mark.parametrize("layout", ["nchw", "nhwc"])
 def test_three_orders_at_once(layout: str, mode: Mode, device: str) -> None:
-    """Losses on gradients of x, weight and bias together. (torch's own batch norm errs in the third order.)"""
+    """Losses on gradients of x, weight and bias together."""
     results = []
-    for function in (Problem.forward, composed):
+    for function in (Problem.forward, elementary):
         problem = make((3, 4, 3, 2), LAYOUT[layout], FLOAT64, mode, device=device)
         leaves = problem.require_grad()
         random = torch.Generator().manual_seed(9)

@@ -1,7 +1,4 @@
-"""Random problems against the reference, and random plans.
-
-Examples are the same in every run (derandomize): a test suite that fails now and then is one that nobody believes.
-"""
+"""Random problems against the reference, and random plans."""
 
 from __future__ import annotations
 
@@ -9,7 +6,7 @@ import math
 from typing import Any
 
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -26,8 +23,7 @@ from cases import (
     Layout,
 )
 from problem import Problem, make
-
-SETTINGS = settings(max_examples=300, deadline=None, derandomize=True, database=None)
+from random_examples import SETTINGS
 
 sizes = st.integers(1, 9)
 # Around the vector widths, and small.

@@ -7,7 +7,6 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
 import activation_tolerances
 import tolerances
@@ -22,24 +21,26 @@ from cases import (
     KEPT_LAYOUTS,
     LAYOUT,
     LAYOUTS,
+    MASK_SIZES,
     MODES,
     PARAMETERS,
+    RESIDUAL_KINDS,
     SHAPE_OF_RANK,
+    SPLIT,
+    SPLIT_IDS,
     TRAIN,
     Active,
     Dtypes,
     Layout,
     Mode,
 )
+from composed import torchs_composition
 from judged import DIFFERENTIABLE, numpy
-from problem import Problem, make_active
-from test_determinism import LARGE, LARGE_IDS
+from problem import Problem, joined
 
 RELU, RELU6, SILU = Active("relu"), Active("relu6"), Active("silu")
-# By a mask, by the residual that is kept, by nothing.
-KINDS = [RELU, SILU, None]
 every_active = pytest.mark.parametrize("active", [None, *ACTIVE], ids=str)
-every_kind = pytest.mark.parametrize("active", KINDS, ids=str)
+every_kind = pytest.mark.parametrize("active", RESIDUAL_KINDS, ids=str)
 every_dtype = pytest.mark.parametrize("dtypes", DTYPES, ids=str)
 every_mode = pytest.mark.parametrize("mode", MODES, ids=str)
 train_and_eval = pytest.mark.parametrize("mode", [TRAIN, EVAL], ids=str)
@@ -51,23 +52,6 @@ SHAPES = [
 ]
 some_shapes = pytest.mark.parametrize(("layout", "shape"), SHAPES[1::2], ids=str)
 every_shape = pytest.mark.parametrize(("layout", "shape"), SHAPES, ids=str)
-
-
-def make(
-    active: Active | None,
-    shape: tuple[int, ...],
-    layout: Layout | str,
-    dtypes: Dtypes,
-    mode: Mode,
-    parameters: tuple[str, ...] = ("weight", "bias"),
-    device: str = "cpu",
-    residual: Layout | None = None,
-) -> Problem:
-    """With a residual, laid out like x unless told otherwise."""
-    layout = LAYOUT[layout] if isinstance(layout, str) else layout
-    return make_active(
-        active, shape, layout, dtypes, mode, parameters, device=device, residual=residual or layout
-    )
 
 
 def check_all(problem: Problem, *wanted: str) -> None:
@@ -90,42 +74,27 @@ def check_all(problem: Problem, *wanted: str) -> None:
 def test_against_the_reference(
     layout: str, shape: tuple[int, ...], dtypes: Dtypes, mode: Mode, active: Active | None, device: str
 ) -> None:
-    problem = make(active, shape, layout, dtypes, mode, device=device)
+    problem = joined(active, shape, layout, dtypes, mode, device=device)
     check_all(problem)
     if mode.batch and mode.tracked:
         problem.check_running(0.1)
 
 
-# Sizes at which tiles end within a byte or a word of the mask, planes of a few elements, one channel, many channels.
-SMALL_PLANES = [("ncl", (3, 5, inner)) for inner in range(2, 18)]
-WORDS = [("ncl", (2, 3, inner)) for inner in (31, 32, 33, 47, 48, 49, 63, 64, 65)]
-ROWS = [("nc", (n, c)) for n, c in ((2, 3), (5, 15), (5, 16), (5, 17), (3, 31), (3, 32), (3, 33), (1001, 2))]
-CHANNELS = [
-    ("nc", (3, 1001)),
-    ("nc", (300, 1)),
-    ("nchw", (2, 1001, 7, 7)),
-    ("nhwc", (2, 1001, 3, 3)),
-    ("nchw", (5, 1, 13, 11)),
-    ("nhwc", (5, 1, 13, 11)),
-    ("nhwc", (3, 3, 7, 7)),
-]
-
-
 @pytest.mark.parametrize("active", [RELU, RELU6, SILU, None], ids=str)
 @pytest.mark.parametrize("dtypes", [FLOAT32, FLOAT64, BFLOAT16_WITH_FLOAT32], ids=str)
 @train_and_eval
-@pytest.mark.parametrize("shapes", [SMALL_PLANES, WORDS, ROWS, CHANNELS], ids=["small", "words", "rows", "c"])
+@pytest.mark.parametrize("shapes", MASK_SIZES.values(), ids=MASK_SIZES.keys())
 def test_sizes(
     shapes: list[tuple[str, tuple[int, ...]]], mode: Mode, dtypes: Dtypes, active: Active | None, device: str
 ) -> None:
     for layout, shape in shapes:
-        check_all(make(active, shape, layout, dtypes, mode, device=device))
+        check_all(joined(active, shape, layout, dtypes, mode, device=device))
 
 
 @pytest.mark.parametrize("active", [RELU], ids=str)
-@pytest.mark.parametrize(("layout", "shape"), LARGE, ids=LARGE_IDS)
+@pytest.mark.parametrize(("layout", "shape"), SPLIT, ids=SPLIT_IDS)
 def test_several_threads_and_tiles(layout: str, shape: tuple[int, ...], active: Active, device: str) -> None:
-    check_all(make(active, shape, layout, FLOAT32, TRAIN, device=device))
+    check_all(joined(active, shape, layout, FLOAT32, TRAIN, device=device))
 
 
 @every_kind
@@ -133,7 +102,7 @@ def test_several_threads_and_tiles(layout: str, shape: tuple[int, ...], active: 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_every_layout(layout: Layout, mode: Mode, active: Active | None, device: str) -> None:
     """Of x, beside a residual that is contiguous."""
-    problem = make(active, SHAPE_OF_RANK[layout.rank], layout, FLOAT32, mode, device=device)
+    problem = joined(active, SHAPE_OF_RANK[layout.rank], layout, FLOAT32, mode, device=device)
     assert problem.residual is not None
     problem.residual = problem.residual.contiguous()
     check_all(problem)
@@ -146,7 +115,7 @@ def test_every_layout_of_the_residual(residual: Layout, active: Active | None, d
     """Beside an x of every layout that kernels know."""
     for layout in (known for known in KEPT_LAYOUTS if known.rank == residual.rank):
         shape = SHAPE_OF_RANK[layout.rank]
-        problem = make(active, shape, layout, FLOAT32, TRAIN, device=device, residual=residual)
+        problem = joined(active, shape, layout, FLOAT32, TRAIN, device=device, residual=residual)
         check_all(problem)
         problem.require_grad("residual")
         (dresidual,) = torch.autograd.grad(problem.forward(), problem.residual, problem.dy)
@@ -162,7 +131,7 @@ def test_every_parameter_set(
 ) -> None:
     for layout in ("nc", "nchw", "nhwc"):
         shape = SHAPE_OF_RANK[LAYOUT[layout].rank]
-        check_all(make(active, shape, layout, dtypes, mode, parameters, device=device))
+        check_all(joined(active, shape, layout, dtypes, mode, parameters, device=device))
 
 
 SUBSETS = [wanted for n in (1, 2, 3) for wanted in itertools.combinations(DIFFERENTIABLE, n)]
@@ -178,24 +147,13 @@ def test_any_subset(
     """With the bits that each has among all."""
     results = []
     for names in (wanted, DIFFERENTIABLE):
-        problem = make(active, SHAPE_OF_RANK[LAYOUT[layout].rank], layout, FLOAT32, mode, device=device)
+        problem = joined(active, SHAPE_OF_RANK[LAYOUT[layout].rank], layout, FLOAT32, mode, device=device)
         problem.require_grad(*names)
         problem.forward().backward(problem.dy)
         problem.check_grads()
         results.append([getattr(problem, name).grad for name in DIFFERENTIABLE])
     for name, alone, among in zip(DIFFERENTIABLE, *results, strict=True):
         assert torch.equal(alone, among) if name in wanted else alone is None, name
-
-
-def composed(problem: Problem, active: Active | None) -> Tensor:
-    """torch's steps one by one. Vectors of 16 bits are widened, for its batch statistics are rounded to their dtype."""
-    wide = torch.promote_types(problem.x.dtype, torch.float32)
-    vectors = (problem.running_mean, problem.running_var, problem.weight, problem.bias)
-    mean, var, weight, bias = (None if t is None else t.to(wide) for t in vectors)
-    z = torch.nn.functional.batch_norm(problem.x, mean, var, weight, bias, problem.batch, 0.0, problem.eps)
-    if problem.residual is not None:
-        z = z + problem.residual
-    return z if active is None else active.of(z)
 
 
 @every_active
@@ -206,9 +164,9 @@ def test_as_torchs_composition(
     layout: str, shape: tuple[int, ...], dtypes: Dtypes, mode: Mode, active: Active | None, device: str
 ) -> None:
     """Which rounds twice more, what is normalised and the sum."""
-    problem = make(active, shape, layout, dtypes, mode, device=device)
+    problem = joined(active, shape, layout, dtypes, mode, device=device)
     assert problem.residual is not None
-    ours, theirs = problem.forward(), composed(problem, active)
+    ours, theirs = problem.forward(), torchs_composition(problem, active)
     assert ours.dtype == theirs.dtype
     z, error = problem.affine
     given = problem.activation, problem.activation_param, dtypes.input
@@ -227,11 +185,11 @@ def test_gradients_as_torchs_composition(
 ) -> None:
     """In float64, as in test_activation; with a residual of its own, and with x as the residual."""
     for own in (True, False):
-        problem = make(active, shape, layout, FLOAT64, mode, device=device)
+        problem = joined(active, shape, layout, FLOAT64, mode, device=device)
         problem.residual = problem.residual if own else problem.x
         leaves = problem.require_grad()[: 4 if own else 3]
         ours = torch.autograd.grad(problem.forward(), leaves, problem.dy)
-        theirs = torch.autograd.grad(composed(problem, active), leaves, problem.dy)
+        theirs = torch.autograd.grad(torchs_composition(problem, active), leaves, problem.dy)
         torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-12)
 
 
@@ -243,9 +201,9 @@ def test_selections_cost_no_bit(
     layout: str, shape: tuple[int, ...], dtypes: Dtypes, mode: Mode, active: Active, device: str
 ) -> None:
     """As in test_activation: the bits of y are those of torch's selection behind our sum."""
-    problem = make(active, shape, layout, dtypes, mode, device=device)
+    problem = joined(active, shape, layout, dtypes, mode, device=device)
     y = problem.forward()
-    problem = make(None, shape, layout, dtypes, mode, device=device)
+    problem = joined(None, shape, layout, dtypes, mode, device=device)
     assert torch.equal(y, active.of(problem.forward()))
 
 

@@ -21,6 +21,7 @@ from cases import (
     FLOAT64,
     KEPT_LAYOUTS,
     LAYOUT,
+    RESIDUAL_KINDS,
     SHAPE_OF_RANK,
     TRAIN,
     Active,
@@ -28,18 +29,12 @@ from cases import (
     Layout,
     Mode,
 )
-from problem import Problem, make_active
-from test_residual import KINDS, composed
+from composed import torchs_composition
+from problem import Problem, joined, make_active
 
 every_active = pytest.mark.parametrize("active", [None, *ACTIVE], ids=str)
-every_kind = pytest.mark.parametrize("active", KINDS, ids=str)
+every_kind = pytest.mark.parametrize("active", RESIDUAL_KINDS, ids=str)
 train_and_eval = pytest.mark.parametrize("mode", [TRAIN, EVAL], ids=str)
-
-
-def make(
-    active: Active | None, shape: tuple[int, ...], name: str, dtypes: Dtypes, mode: Mode, device: str
-) -> Problem:
-    return make_active(active, shape, LAYOUT[name], dtypes, mode, device=device, residual=LAYOUT[name])
 
 
 @every_active
@@ -47,7 +42,7 @@ def make(
 @pytest.mark.parametrize("layout", ["nchw", "nhwc"])
 def test_derivatives(layout: str, mode: Mode, active: Active | None, device: str) -> None:
     """First and second order against differences, as in test_activation."""
-    problem = make(active, (2, 2, 3, 1), layout, FLOAT64, mode, device)
+    problem = joined(active, (2, 2, 3, 1), layout, FLOAT64, mode, device=device)
     assert all(np.abs(problem.affine[0] - kink).min() > 1e-3 for kink in (-3, 0, 3, 6))
     leaves = problem.require_grad()
     problem.momentum = 0.0
@@ -60,8 +55,8 @@ def test_derivatives(layout: str, mode: Mode, active: Active | None, device: str
 def test_two_orders_as_torchs_composition(mode: Mode, active: Active | None, device: str) -> None:
     """Of losses on the output and all first gradients together."""
     results = []
-    for function in (lambda p, _: p.forward(), composed):
-        problem = make(active, (3, 4, 3, 2), "nhwc", FLOAT64, mode, device)
+    for function in (lambda p, _: p.forward(), torchs_composition):
+        problem = joined(active, (3, 4, 3, 2), "nhwc", FLOAT64, mode, device=device)
         leaves = problem.require_grad()
         grads = [function(problem, active)]
         for _ in range(2):
@@ -94,7 +89,9 @@ def test_hooks_that_keep_values_in_another_order(
     """The bits of a mask lie in the order that x had."""
     results = []
     for hooked in (False, True):
-        problem = make(active, (3, 4, 6, 6), "nhwc" if layout == "a slice" else layout, FLOAT64, mode, device)
+        problem = joined(
+            active, (3, 4, 6, 6), "nhwc" if layout == "a slice" else layout, FLOAT64, mode, device=device
+        )
         if layout == "a slice":  # of which a clone is dense in an order that kernels know
             problem.x, problem.residual, problem.dy = (
                 torch.cat([t, t], 3).to(memory_format=torch.channels_last)[..., ::2]
@@ -124,7 +121,7 @@ def kept_by(problem: Problem) -> list[Tensor]:
 def test_what_is_kept(layout: Layout, dtypes: Dtypes, mode: Mode, active: Active | None, device: str) -> None:
     """x, and beside vectors one bit per element, or the residual, or nothing."""
     shape = SHAPE_OF_RANK[layout.rank]
-    problem = make(active, shape, layout.name, dtypes, mode, device)
+    problem = joined(active, shape, layout.name, dtypes, mode, device=device)
     assert problem.residual is not None
     problem.require_grad()
     kept = kept_by(problem)
@@ -154,7 +151,7 @@ def test_without_a_residual_nothing_more_is_kept(device: str) -> None:
 @pytest.mark.parametrize("layout", ["nc", "nchw", "nhwc"])
 def test_without_an_activation_its_gradient_is_dy(layout: str, mode: Mode, device: str) -> None:
     """The same memory: nothing is copied."""
-    problem = make(None, SHAPE_OF_RANK[LAYOUT[layout].rank], layout, FLOAT32, mode, device)
+    problem = joined(None, SHAPE_OF_RANK[LAYOUT[layout].rank], layout, FLOAT32, mode, device=device)
     leaves = problem.require_grad()
     *_, dresidual = torch.autograd.grad(problem.forward(), leaves, problem.dy)
     assert dresidual.data_ptr() == problem.dy.data_ptr()
@@ -165,7 +162,7 @@ def test_without_an_activation_its_gradient_is_dy(layout: str, mode: Mode, devic
 @pytest.mark.parametrize("layout", ["nc", "nchw", "nhwc"])
 def test_gradients_are_independent(layout: str, active: Active | None, device: str) -> None:
     """Writing to one of dx and dresidual leaves the other alone."""
-    problem = make(active, SHAPE_OF_RANK[LAYOUT[layout].rank], layout, FLOAT32, TRAIN, device)
+    problem = joined(active, SHAPE_OF_RANK[LAYOUT[layout].rank], layout, FLOAT32, TRAIN, device=device)
     leaves = problem.require_grad()
     dx, *_, dresidual = torch.autograd.grad(problem.forward(), leaves, problem.dy.clone())
     before = dresidual.clone()
@@ -176,7 +173,7 @@ def test_gradients_are_independent(layout: str, active: Active | None, device: s
 @every_kind
 def test_a_residual_that_is_written_to_before_backward(active: Active | None, device: str) -> None:
     """Matters to those alone who keep it: they say so."""
-    problem = make(active, (3, 5, 4, 5), "nchw", FLOAT32, TRAIN, device)
+    problem = joined(active, (3, 5, 4, 5), "nchw", FLOAT32, TRAIN, device=device)
     problem.require_grad("x", "weight")
     y = problem.forward()
     assert problem.residual is not None
@@ -191,19 +188,20 @@ def test_a_residual_that_is_written_to_before_backward(active: Active | None, de
 @every_kind
 def test_expanded_residuals(active: Active | None, device: str) -> None:
     """A gradient for each row that repeats one, which autograd adds up."""
-    problem = make(active, (6, 5, 4, 5), "nchw", FLOAT64, TRAIN, device)
+    problem = joined(active, (6, 5, 4, 5), "nchw", FLOAT64, TRAIN, device=device)
     assert problem.residual is not None
     row = problem.residual[:1].clone().requires_grad_()
     problem.residual = row.expand(problem.x.shape)
     ours, theirs = (
-        torch.autograd.grad(y, row, problem.dy) for y in (problem.forward(), composed(problem, active))
+        torch.autograd.grad(y, row, problem.dy)
+        for y in (problem.forward(), torchs_composition(problem, active))
     )
     torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-12)
 
 
-@pytest.mark.parametrize("active", KINDS[:2], ids=str)
+@pytest.mark.parametrize("active", RESIDUAL_KINDS[:2], ids=str)
 def test_hooks_and_nodes(active: Active, device: str) -> None:
-    problem = make(active, (3, 5, 4, 5), "nchw", FLOAT32, TRAIN, device)
+    problem = joined(active, (3, 5, 4, 5), "nchw", FLOAT32, TRAIN, device=device)
     problem.require_grad()
     y = problem.forward()
     assert [edge is not None for edge, _ in y.grad_fn.next_functions] == [True] * 4

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from bits import assert_same_bits
 from bnext.functional import ACTIVATIONS
 from cases import (
     BFLOAT16_WITH_FLOAT32,
@@ -16,8 +19,12 @@ from cases import (
     FLOAT64,
     KEPT_LAYOUTS,
     LAYOUT,
+    MASK_SIZES,
     MODES,
     SHAPE_OF_RANK,
+    SPLIT,
+    SPLIT_IDS,
+    THREADS,
     TRAIN,
     UNTRACKED,
     Active,
@@ -28,8 +35,6 @@ from cases import (
 from judged import DIFFERENTIABLE, numpy
 from operators import BACKWARD, FORWARD, backward_arguments, forward_arguments
 from problem import Problem, make_active
-from test_determinism import LARGE, LARGE_IDS, THREADS
-from test_residual import CHANNELS, ROWS, SMALL_PLANES, WORDS
 
 MASKED = [Active("relu"), Active("leaky_relu"), Active("relu6")]
 OTHERS = [None, *(Active(name) for name in ACTIVATIONS if name not in ("relu", "leaky_relu", "relu6"))]
@@ -80,7 +85,7 @@ def test_bits(layout: Layout, dtypes: Dtypes, mode: Mode, active: Active, device
 @pytest.mark.parametrize("mode", [TRAIN, EVAL], ids=str)
 def test_bits_of_words_that_are_shared(mode: Mode, dtypes: Dtypes, active: Active, device: str) -> None:
     """Channels, planes and tiles that end within a byte."""
-    for name, shape in (*SMALL_PLANES, *WORDS, *ROWS, *CHANNELS):
+    for name, shape in itertools.chain(*MASK_SIZES.values()):
         layout = LAYOUT[name]
         check_bits(make_active(active, shape, layout, dtypes, mode, device=device, residual=layout))
 
@@ -94,7 +99,7 @@ THREADED = [
 
 @pytest.mark.usefixtures("restore_threads")
 @pytest.mark.parametrize(("active", "dtypes", "mode"), THREADED, ids=str)
-@pytest.mark.parametrize(("layout", "shape"), LARGE, ids=LARGE_IDS)
+@pytest.mark.parametrize(("layout", "shape"), SPLIT, ids=SPLIT_IDS)
 def test_any_number_of_threads(
     layout: str, shape: tuple[int, ...], dtypes: Dtypes, mode: Mode, active: Active
 ) -> None:
@@ -110,8 +115,7 @@ def test_any_number_of_threads(
         collected.append([y, stats, mask, *grads, problem.running_mean, problem.running_var])
     names = ["y", "stats", "mask", *(f"d{name}" for name in DIFFERENTIABLE), "running_mean", "running_var"]
     for other in collected[1:]:
-        for name, one, two in zip(names, collected[0], other, strict=True):
-            assert torch.equal(one, two), f"{name}: {int((one != two).sum())} of {one.numel()} differ"
+        assert_same_bits(collected[0], other, names)
 
 
 @pytest.mark.parametrize("active", [*MASKED, *OTHERS], ids=str)

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 import bnext
 from bnext.conversion import NormActivation
-from test_fusion import counts
+from fusing import counts
+from networks import Unlike
 
 X = torch.randn(4, 3, 5, 5, generator=torch.Generator().manual_seed(0))
 
@@ -84,10 +85,6 @@ def test_synchronize() -> None:
     assert len(seen) == 1
     layer = nn.BatchNorm1d(3)
     assert bnext.synchronize(layer) is layer and type(layer) is bnext.SyncBatchNorm
-
-
-class Unlike(nn.BatchNorm2d):
-    pass
 
 
 @pytest.mark.parametrize(
