@@ -1,8 +1,10 @@
-"""Fixtures that every test file shares: the devices this build can run on, and threads put back after use."""
+"""What every test file shares: the devices this build can run on, threads put back after use, asserts that tell why."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +12,11 @@ import torch
 from on_cuda import AVAILABLE
 
 DEVICES = ["cpu", "cuda"] if AVAILABLE else ["cpu"]
+
+# Of what test files share: an assert that fails prints what it compared, as one of theirs does.
+pytest.register_assert_rewrite(
+    *{path.stem for path in Path(__file__).parent.glob("*.py")} - sys.modules.keys()
+)
 
 
 @pytest.fixture(params=DEVICES)

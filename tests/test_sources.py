@@ -5,6 +5,7 @@
     csrc/    library -> autograd, nodes, ops, phases, dense, calls, checks and whatever else is not below (tensors)
                      -> engine (devices) -> cpu/, cuda/ (loops)
                      -> plan, plan_cuda, dispatch, formulas, args, storage (plain)
+    tests/   test files -> what they share, in files beside them that hold no test
 
 An arrow points to what may be used; nothing points back, and nothing below the engine knows a tensor.
 """
@@ -221,6 +222,17 @@ def test_every_module_has_a_layer() -> None:
 def test_python_layers_point_downwards(name: str) -> None:
     own = {module for module in imports(ROOT / "bnext" / name) if module.startswith((".", "bnext"))}
     assert own <= LOWER[name]
+
+
+def test_no_test_file_is_imported() -> None:
+    """What two of them need has a file of its own, with a name that says what it holds."""
+    tests = {path.stem for path in (ROOT / "tests").glob("test_*.py")}
+    importing = {
+        name_of(path): found
+        for path in SOURCES
+        if path.suffix == ".py" and (found := tests & {module.split(".")[-1] for module in imports(path)})
+    }
+    assert tests and not importing
 
 
 @pytest.mark.parametrize("name", ["reference.py", "reference_activations.py"])
