@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TypeVar
 
 from torch import Tensor, nn
@@ -20,16 +21,21 @@ from .modules import (
 )
 from .torch_activations import to_module
 
-__all__ = ["OURS", "NormActivation", "convert", "restore", "synchronize"]
+__all__ = ["OURS", "NormActivation", "convert", "is_ours", "restore", "synchronize"]
 
-OURS: dict[type[nn.Module], type[nn.Module]] = {
+OURS: dict[type[nn.Module], type[FusedBatchNorm]] = {
     nn.BatchNorm1d: BatchNorm1d,
     nn.BatchNorm2d: BatchNorm2d,
     nn.BatchNorm3d: BatchNorm3d,
 }
 _SYNCHRONIZED: dict[type[nn.Module], type[nn.Module]] = {nn.SyncBatchNorm: SyncBatchNorm}
-_TORCHS = {ours: theirs for theirs, ours in (OURS | _SYNCHRONIZED).items()}
+_TORCHS = {ours: theirs for theirs, ours in (*OURS.items(), *_SYNCHRONIZED.items())}
 Network = TypeVar("Network", bound=nn.Module)
+
+
+def is_ours(layer: nn.Module) -> bool:
+    """Whether it is of one of these very classes, or was made to do the same by :func:`bnext.fuse`."""
+    return type(layer) in OURS.values() or (isinstance(layer, FusedBatchNorm) and isinstance(layer, FusedForward))
 
 
 def convert(module: Network) -> Network:
@@ -38,7 +44,7 @@ def convert(module: Network) -> Network:
     In place: a layer stays the same object, with its parameters, buffers, hooks and mode, so that optimizers and other
     references to it hold. Layers of exactly ``nn.BatchNorm1d``, ``2d``, ``3d`` and ``nn.SyncBatchNorm`` are converted;
     subclasses, which may compute something else, stay what they are. Activations stay where they are as well:
-    :func:`bnext.fuse` draws them in.
+    :func:`bnext.fuse` draws them in, and takes the subclasses that compute the same.
 
     Args:
         module: any module.
@@ -51,10 +57,10 @@ def convert(module: Network) -> Network:
         ValueError: one of torch's layers has an attribute or a child that somebody gave it and that would mean
             something to ours; nothing has changed then.
     """
-    return convert_classes(module, OURS | _SYNCHRONIZED)
+    return convert_classes(module, {**OURS, **_SYNCHRONIZED})
 
 
-def convert_classes(module: Network, classes: dict[type[nn.Module], type[nn.Module]]) -> Network:
+def convert_classes(module: Network, classes: Mapping[type[nn.Module], type[nn.Module]]) -> Network:
     """:func:`convert`, of these of torch's classes."""
     require_module(module)
     layers = {name: layer for name, layer in module.named_modules() if type(layer) in classes}
@@ -96,7 +102,7 @@ def synchronize(module: Network, process_group: dist.ProcessGroup | None = None)
         if isinstance(layer, nn.modules.batchnorm._BatchNorm)
     }
     for name, layer in layers.items():
-        if type(layer) not in _TORCHS and type(layer) not in _TORCHS.values():
+        if type(layer) not in (*_TORCHS, *_TORCHS.values()) and not is_ours(layer):
             raise ValueError(f"expected torch's or bnext's layers, but '{name}' is a {type(layer).__name__}")
         if isinstance(layer, FusedBatchNorm) and layer.inplace:
             raise ValueError(f"expected inplace=False, but got True in '{name}'")

@@ -3,29 +3,34 @@
 from __future__ import annotations
 
 import copy
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 from weakref import WeakValueDictionary
 
 from torch import fx, nn
 from torch.fx.graph_module import _format_import_block, _forward_from_src
 from torch.package.importer import sys_importer
 
-__all__ = ["FusedForward", "set_forward"]
+__all__ = ["FusedForward", "set_class", "set_forward"]
 
 
 class FusedForward:
     """Before the module's own class: methods, hooks and attributes are its own, and so are its submodules.
 
-    The class is made for one module and has no name to be found by; a pickle holds the text of forward.
+    Forward is that of a text or of another class. The class is made for one module and has no name to be found by; a
+    pickle holds what it is made of.
     """
 
-    _own_class: ClassVar[type[nn.Module]]
-    _text: ClassVar[str]
+    _made_of: ClassVar[_Parts]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """As the class that it was, and forward as text."""
+        """As the class that it was, and where forward is from."""
         reduced: Any = super().__reduce_ex__(2)
-        return (_blank, (self._own_class, self._text), *reduced[2:])
+        return (_blank, self._made_of, *reduced[2:])
+
+
+class _Parts(NamedTuple):
+    own: type[nn.Module]
+    forward: type[nn.Module] | str  # the class or the text that it is from
 
 
 def set_forward(module: nn.Module, graph: fx.Graph) -> None:
@@ -37,16 +42,25 @@ def set_forward(module: nn.Module, graph: fx.Graph) -> None:
         node.type = None  # annotations may be names that only their file knows
     code = graph.python_code("self")
     text = _format_import_block(code.globals, sys_importer) + code.src
-    own: type[nn.Module] = getattr(module, "_own_class", type(module))
-    module.__class__ = _fused_class(own, text)
+    module.__class__ = _fused_class(_own_class(module), text)
 
 
-_classes: WeakValueDictionary[tuple[type[nn.Module], str], type[nn.Module]] = WeakValueDictionary()
+def set_class(module: nn.Module, first: type[nn.Module]) -> None:
+    """Gives a module the forward and the methods of a class, before those of its own."""
+    module.__class__ = _fused_class(_own_class(module), first)
 
 
-def _fused_class(own: type[nn.Module], text: str) -> type[nn.Module]:
+def _own_class(module: nn.Module) -> type[nn.Module]:
+    return module._made_of.own if isinstance(module, FusedForward) else type(module)
+
+
+_classes: WeakValueDictionary[_Parts, type[nn.Module]] = WeakValueDictionary()
+
+
+def _fused_class(own: type[nn.Module], forward: type[nn.Module] | str) -> type[nn.Module]:
     """One for all copies."""
-    known = _classes.get((own, text))
+    parts = _Parts(own, forward)
+    known = _classes.get(parts)
     if known is not None:
         return known
 
@@ -55,19 +69,22 @@ def _fused_class(own: type[nn.Module], text: str) -> type[nn.Module]:
         return own(*args, **kwargs) if made is fused else type(own).__call__(made, *args, **kwargs)
 
     metaclass = type("FusedType", (type(own),), {"__call__": construct})
-    body = {
-        "forward": _forward_from_src(text, {}),
-        "_own_class": own,
-        "_text": text,
+    bases: tuple[type, ...] = (FusedForward, own)
+    body: dict[str, Any] = {
+        "_made_of": parts,
         "__module__": own.__module__,
         "__qualname__": own.__qualname__,
         "__doc__": own.__doc__,
     }
-    fused: type[nn.Module] = metaclass(own.__name__, (FusedForward, own), body)
-    _classes[own, text] = fused
+    if isinstance(forward, str):
+        body["forward"] = _forward_from_src(forward, {})
+    else:
+        bases = (FusedForward, forward, own)
+    fused: type[nn.Module] = metaclass(own.__name__, bases, body)
+    _classes[parts] = fused
     return fused
 
 
-def _blank(own: type[nn.Module], text: str) -> nn.Module:
-    made = _fused_class(own, text)
+def _blank(own: type[nn.Module], forward: type[nn.Module] | str) -> nn.Module:
+    made = _fused_class(own, forward)
     return made.__new__(made)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from .attributes import has_hooks
-from .conversion import OURS
+from .conversion import is_ours
 from .modules import FusedBatchNorm
 from .torch_activations import Activation, of_call, of_module
 
@@ -126,9 +126,9 @@ def _activation(module: nn.Module, node: fx.Node) -> tuple[Activation | None, _C
 
 
 def _norm(module: nn.Module, node: fx.Node) -> FusedBatchNorm | None:
-    """The layer of ours that a node calls, of one of these very classes."""
+    """The layer of ours that a node calls, not of a subclass that may do something else."""
     called = module.get_submodule(str(node.target)) if node.op == "call_module" else None
-    return cast(FusedBatchNorm, called) if type(called) in OURS.values() else None
+    return cast(FusedBatchNorm, called) if called is not None and is_ours(called) else None
 
 
 def _is_nothing(module: nn.Module, node: fx.Node) -> bool:
@@ -158,7 +158,7 @@ def _writes(module: nn.Module, node: fx.Node) -> bool:
     """Whether a node may write to memory that is not its own: by torch's names."""
     if node.op == "call_module":
         called = module.get_submodule(str(node.target))
-        known = type(called).__module__.startswith("torch.nn.") or type(called) in OURS.values()
+        known = type(called).__module__.startswith("torch.nn.") or is_ours(called)
         return not known or has_hooks(called) or bool(getattr(called, "inplace", False))
     if node.op not in ("call_function", "call_method"):
         return False

@@ -20,6 +20,7 @@ from .fused_forward import FusedForward, set_forward
 from .fused_graph import Sizes, fuse_graph
 from .holding import are_held
 from .modules import require_module
+from .subclasses import convert_subclasses
 from .tracing import has_norm, trace
 
 __all__ = ["fuse"]
@@ -48,6 +49,10 @@ def fuse(module: Network, *example_inputs: Any) -> Network:
     something in an attribute, its own forward stays and the modules in it are fused one by one. What forward does to
     globals, or to objects that its class holds, is seen only where a tensor stays there.
 
+    Layers of a subclass of torch's, such as timm's BatchNormAct2d, are tried one by one: where one computes what a
+    layer of ours does, with one of its activations, it gets that forward before its own, and activations among its
+    children are called no more.
+
     Every graph is tried before it is taken: copies of the module and of the fused one compute a training and an eval
     step of the example, in float64 where forward works in it, and have to agree in outputs, gradients and buffers.
 
@@ -64,13 +69,13 @@ def fuse(module: Network, *example_inputs: Any) -> Network:
     Raises:
         TypeError: it is no module.
         ValueError: forward does not work with the example, or not with fused modules in it; the example is all zeros or
-            the like, or on the meta device; something is hooked into all modules, a module was given another forward or
-            is one of torch.jit, copies of it lack something, or an attribute is a function that holds one; within
-            :func:`bnext.hold_statistics`, which torch's layers do not know.
+            the like, or on the meta device; something is hooked into all modules, a module was given a forward that is
+            none of its methods, or is one of torch.jit, copies of it lack something, or an attribute is a function that
+            holds one; within :func:`bnext.hold_statistics`, which torch's layers do not know.
     """
     _require_fusible(module, example_inputs)
     with _explained(module):
-        behaviour, fused = Behaviour(module, example_inputs), _sharing(module)
+        behaviour = Behaviour(module, example_inputs)
     if behaviour.has_nan or (example_inputs and all(map(_constant, example_inputs))):
         raise ValueError(
             "expected example_inputs that tell networks apart, but "
@@ -80,18 +85,23 @@ def fuse(module: Network, *example_inputs: Any) -> Network:
                 else "every one has the same value everywhere"
             )
         )
-    if _fuse_whole(fused, behaviour):
-        return fused
-    with _explained(module):
-        inputs = _inputs(module, example_inputs)
-    _fuse_parts(fused, "", inputs)
-    difference = behaviour.difference(fused)
-    if difference is not None:
-        raise ValueError(
-            f"expected a {type(module).__name__} that computes the same with fused modules, but {difference}; "
-            "fuse those of its blocks that do"
-        )
-    return fused
+    for with_subclasses in (True, False):
+        with _explained(module):
+            fused = _sharing(module)
+        if with_subclasses and not convert_subclasses(fused):
+            continue
+        if _fuse_whole(fused, behaviour):
+            return fused
+        with _explained(module):
+            inputs = _inputs(module, example_inputs)
+        _fuse_parts(fused, "", inputs)
+        difference = behaviour.difference(fused)
+        if difference is None:
+            return fused
+    raise ValueError(
+        f"expected a {type(module).__name__} that computes the same with fused modules, but {difference}; "
+        "fuse those of its blocks that do"
+    )
 
 
 def _require_fusible(module: nn.Module, example_inputs: tuple[Any, ...]) -> None:
@@ -117,7 +127,8 @@ def _require_fusible(module: nn.Module, example_inputs: tuple[Any, ...]) -> None
             raise ValueError(
                 f"expected modules of Python, but {which} is a {type(part).__name__} of torch.jit"
             )
-        if "forward" in vars(part):  # it may well be bound to this one, and a copy would run it
+        given = vars(part).get("forward", part.forward)
+        if getattr(given, "__self__", None) is not part:  # it may hold this one, and a copy would run it
             raise ValueError(
                 f"expected modules with the forward of their class, but '{name}' was given another one"
             )
@@ -163,6 +174,8 @@ def _fuse_whole(module: nn.Module, behaviour: Behaviour) -> bool:
     """In place: the module as one graph, if it then does the same."""
     inputs = behaviour.inputs
     if not has_norm(module) or not all(isinstance(x, Tensor) for x in inputs):
+        return False
+    if "forward" in vars(module):  # one of its methods, which would stay the one that is called
         return False
     graph = trace(module, len(inputs))
     if graph is None:

@@ -15,7 +15,9 @@ __all__ = ["left_alone", "seed", "state"]
 
 def seed(value: int) -> None:
     """Of all of them."""
-    torch.manual_seed(value)
+    # Without a GPU torch.manual_seed notes the seed, and a stack of calls, for one that might yet come.
+    of_torch = torch if torch.accelerator.is_available() else torch.default_generator
+    of_torch.manual_seed(value)
     random.seed(value)
     np.random.seed(value)
 

@@ -16,7 +16,7 @@ from torch import fx, nn
 from . import randomness
 from .attributes import contents, has_hooks, same
 
-__all__ = ["has_norm", "trace"]
+__all__ = ["has_norm", "takes", "trace"]
 
 
 def has_norm(module: nn.Module) -> bool:
@@ -32,7 +32,7 @@ def trace(module: nn.Module, inputs: int) -> fx.Graph | None:
     while it is traced, leaves something in an attribute, or computes under a grad or autocast mode or hooks of saved
     tensors of its own. Modules without a batch norm are looked into at first, and not the second time.
     """
-    if not _takes(module, inputs):
+    if not takes(module, inputs):
         return None
     known = {name for name, _ in module.named_parameters(remove_duplicate=False)}
     known |= {name for name, _ in module.named_buffers(remove_duplicate=False)}
@@ -69,7 +69,8 @@ def _traced(
     return graph
 
 
-def _takes(module: nn.Module, inputs: int) -> bool:
+def takes(module: nn.Module, inputs: int) -> bool:
+    """Whether forward has so many parameters, by position and without defaults."""
     parameters = [*inspect.signature(module.forward).parameters.values()]
     by_position = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     return len(parameters) == inputs and all(

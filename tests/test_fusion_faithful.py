@@ -119,6 +119,32 @@ def test_a_forward_that_was_given_is_refused(place: int | None) -> None:
     torch.testing.assert_close(plain.state_dict(), before, rtol=0, atol=0)
 
 
+class Choosing(nn.Module):
+    """Decides when it is made which of its methods forward is, as timm's FasterNet does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.act = norm(), nn.ReLU()
+        self.forward = self.forward_of_all
+
+    def forward_of_all(self, x: Tensor) -> Tensor:
+        return self.act(self.norm(x))
+
+
+def test_a_forward_that_is_a_method_of_the_same() -> None:
+    plain = make(lambda: nn.Sequential(Choosing(), conv(), norm(), nn.Tanh()))
+    fused = bnext.fuse(plain, images())
+    assert counts(fused) == {"norm+relu": 1, "norm+tanh": 1}
+    torch.testing.assert_close(step(fused, images()), step(plain, images()), **CLOSE)
+    alone = bnext.fuse(plain[0], images())
+    assert alone.forward.__self__ is alone and isinstance(alone.norm, bnext.BatchNorm2d)
+    torch.testing.assert_close(step(alone, images()), step(plain[0], images()), **CLOSE)
+    stranger = make(lambda: nn.Sequential(Choosing()))
+    stranger[0].forward = plain[0].forward
+    with pytest.raises(ValueError, match="expected modules with the forward of their class"):
+        bnext.fuse(stranger, images())
+
+
 def test_fused_again_and_converted() -> None:
     plain = make(lambda: nn.Sequential(conv(), norm(), nn.ReLU(), conv(), norm(), nn.Tanh()))
     once = bnext.fuse(plain, images())

@@ -1,6 +1,6 @@
 """The house rules that a reader relies on, read off the sources: who may include whom, how files begin and end.
 
-    bnext/   fusion -> fused_graph, equality -> conversion -> modules -> functional, sync -> the operators
+    bnext/   fusion -> fused_graph, subclasses, equality -> conversion -> modules -> functional, sync -> the operators
              (reference stands beside them and knows NumPy only; tracing, fused_forward, torch_activations torch only)
     csrc/    library -> autograd, nodes, ops, phases, dense, calls, checks and whatever else is not below (tensors)
                      -> engine (devices) -> cpu/, cuda/ (loops)
@@ -195,6 +195,18 @@ LOWER: dict[str, set[str]] = {
         ".holding",
         ".modules",
         ".randomness",
+        ".subclasses",
+        ".tracing",
+    },
+    "subclasses.py": {
+        ".attributes",
+        ".conversion",
+        ".equality",
+        ".functional",
+        ".fused_forward",
+        ".modules",
+        ".randomness",
+        ".torch_activations",
         ".tracing",
     },
     "equality.py": {".fused_forward", ".modules", ".randomness"},
