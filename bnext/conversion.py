@@ -9,45 +9,39 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from .attributes import has_hooks
-from .fused_forward import FusedForward
-from .modules import (
-    OUR_ATTRIBUTES,
-    BatchNorm1d,
-    BatchNorm2d,
-    BatchNorm3d,
-    FusedBatchNorm,
-    SyncBatchNorm,
-    require_module,
-)
+from .fused_forward import FusedForward, own_class
+from .modules import OUR_ATTRIBUTES, OURS, FusedBatchNorm, SyncBatchNorm, require_module
+from .subclasses import convert_subclasses
 from .torch_activations import to_module
 
-__all__ = ["OURS", "NormActivation", "convert", "is_ours", "restore", "synchronize"]
+__all__ = ["NormActivation", "convert", "is_ours", "restore", "synchronize"]
 
-OURS: dict[type[nn.Module], type[FusedBatchNorm]] = {
-    nn.BatchNorm1d: BatchNorm1d,
-    nn.BatchNorm2d: BatchNorm2d,
-    nn.BatchNorm3d: BatchNorm3d,
-}
 _SYNCHRONIZED: dict[type[nn.Module], type[nn.Module]] = {nn.SyncBatchNorm: SyncBatchNorm}
 _TORCHS = {ours: theirs for theirs, ours in (*OURS.items(), *_SYNCHRONIZED.items())}
 Network = TypeVar("Network", bound=nn.Module)
 
 
 def is_ours(layer: nn.Module) -> bool:
-    """Whether it is of one of these very classes, or was made to do the same by :func:`bnext.fuse`."""
-    return type(layer) in OURS.values() or (isinstance(layer, FusedBatchNorm) and isinstance(layer, FusedForward))
+    """Whether it is of one of these very classes, or has the forward of one before that of its own class."""
+    return type(layer) in OURS.values() or (
+        isinstance(layer, FusedBatchNorm) and isinstance(layer, FusedForward)
+    )
 
 
-def convert(module: Network) -> Network:
+def convert(module: Network, *, subclasses: bool = False) -> Network:
     """Makes every torch batch norm in a module, or the module itself, one of ours.
 
     In place: a layer stays the same object, with its parameters, buffers, hooks and mode, so that optimizers and other
     references to it hold. Layers of exactly ``nn.BatchNorm1d``, ``2d``, ``3d`` and ``nn.SyncBatchNorm`` are converted;
-    subclasses, which may compute something else, stay what they are. Activations stay where they are as well:
-    :func:`bnext.fuse` draws them in, and takes the subclasses that compute the same.
+    subclasses, which may compute something else, stay what they are unless they are asked for. Activations stay where
+    they are as well: :func:`bnext.fuse` draws them in.
 
     Args:
         module: any module.
+        subclasses: whether to try layers of subclasses of ``nn.BatchNorm1d``, ``2d`` and ``3d`` too, such as timm's
+            BatchNormAct2d. One that computes what a layer of ours does, with one of its activations, gets that
+            forward; it is still of its own class, but its children are called no more, and attributes that its own
+            forward asks for are so no more either. A few small steps of copies of each are computed.
 
     Returns:
         The same module.
@@ -57,7 +51,10 @@ def convert(module: Network) -> Network:
         ValueError: one of torch's layers has an attribute or a child that somebody gave it and that would mean
             something to ours; nothing has changed then.
     """
-    return convert_classes(module, {**OURS, **_SYNCHRONIZED})
+    convert_classes(module, {**OURS, **_SYNCHRONIZED})
+    if subclasses:
+        convert_subclasses(module)
+    return module
 
 
 def convert_classes(module: Network, classes: Mapping[type[nn.Module], type[nn.Module]]) -> Network:
@@ -139,10 +136,11 @@ def restore(module: nn.Module) -> nn.Module:
 
     Exporters, ``nn.utils.fuse_conv_bn_eval``, quantization and ``nn.SyncBatchNorm.convert_sync_batchnorm`` go by the
     class and would drop an activation in silence. A layer without activation stays the same object; if it is called
-    with a residual it then raises TypeError, as torch's do. One with an activation becomes ``norm`` in a
-    :class:`NormActivation`, which takes a residual too, so that keys of its state dict gain ``.norm``. What had
-    ``inplace=True`` no longer writes to its input, what was frozen is in eval until ``train()`` is called, and batches
-    that are not finite are no longer skipped.
+    with a residual it then raises TypeError, as torch's do. One of a subclass that :func:`convert` was asked for has
+    its own forward again. Another with an activation becomes ``norm`` in a :class:`NormActivation`, which takes a
+    residual too, so that keys of its state dict gain ``.norm``. What had ``inplace=True`` no longer writes to its
+    input, what was frozen is in eval until ``train()`` is called, and batches that are not finite are no longer
+    skipped.
 
     Args:
         module: any module, not one that :func:`bnext.fuse` gave: the one that was fused is still there, and shares its
@@ -159,34 +157,39 @@ def restore(module: nn.Module) -> nn.Module:
             :func:`bnext.fuse`. Nothing has changed then.
     """
     require_module(module)
-    if any(isinstance(part, FusedForward) for part in module.modules()):
+    if any(
+        isinstance(part, FusedForward) and not isinstance(part, FusedBatchNorm) for part in module.modules()
+    ):
         raise ValueError(
             "expected a module that bnext.fuse has not made, but got one that it has: the module that was fused "
             "is still as it was and shares parameters and buffers with it; restore that"
         )
     layers = {name: layer for name, layer in module.named_modules() if isinstance(layer, FusedBatchNorm)}
     for name, layer in layers.items():
-        if type(layer) not in _TORCHS:
+        if type(layer) not in _TORCHS and not is_ours(layer):
             raise ValueError(f"expected layers of bnext's classes, but '{name}' is a {type(layer).__name__}")
         if not layer.unbiased_running_var:
             raise ValueError(
                 f"expected unbiased_running_var=True, as torch's layers have it, but got False in '{name}'"
             )
-        if layer.activation is not None and has_hooks(layer):
+        if layer.activation is None or isinstance(layer, FusedForward):
+            continue
+        if has_hooks(layer):
             raise ValueError(f"expected no hooks on a layer with an activation, but '{name}' has some")
-        if layer.activation is not None and _is_held_otherwise(layer, module):
+        if _is_held_otherwise(layer, module):
             raise ValueError(
                 "expected a layer with an activation to be called by the name that it is registered with, but "
                 f"'{name}' is held in another way too"
             )
     stand_ins: dict[nn.Module, nn.Module] = {}
     for layer in layers.values():
+        before = own_class(layer)
         activation, parameter = layer.activation, layer.activation_param
         as_torch_has_it: nn.Module = layer
-        as_torch_has_it.__class__ = _TORCHS[type(layer)]
+        as_torch_has_it.__class__ = _TORCHS.get(before, before)
         for attribute in OUR_ATTRIBUTES:
             delattr(layer, attribute)
-        if activation is not None:
+        if activation is not None and before in _TORCHS:
             stand_ins[layer] = NormActivation(layer, to_module(activation, parameter))
     for parent in [*module.modules()]:
         for name, child in [*parent._modules.items()]:

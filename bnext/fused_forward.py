@@ -10,7 +10,7 @@ from torch import fx, nn
 from torch.fx.graph_module import _format_import_block, _forward_from_src
 from torch.package.importer import sys_importer
 
-__all__ = ["FusedForward", "set_class", "set_forward"]
+__all__ = ["FusedForward", "own_class", "set_class", "set_forward"]
 
 
 class FusedForward:
@@ -42,15 +42,16 @@ def set_forward(module: nn.Module, graph: fx.Graph) -> None:
         node.type = None  # annotations may be names that only their file knows
     code = graph.python_code("self")
     text = _format_import_block(code.globals, sys_importer) + code.src
-    module.__class__ = _fused_class(_own_class(module), text)
+    module.__class__ = _fused_class(own_class(module), text)
 
 
 def set_class(module: nn.Module, first: type[nn.Module]) -> None:
     """Gives a module the forward and the methods of a class, before those of its own."""
-    module.__class__ = _fused_class(_own_class(module), first)
+    module.__class__ = _fused_class(own_class(module), first)
 
 
-def _own_class(module: nn.Module) -> type[nn.Module]:
+def own_class(module: nn.Module) -> type[nn.Module]:
+    """The class that a module had before."""
     return module._made_of.own if isinstance(module, FusedForward) else type(module)
 
 

@@ -14,12 +14,12 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from . import randomness
 from .attributes import HOOKS, are_hooked, captured_modules
-from .conversion import OURS, convert_classes
+from .conversion import convert_classes
 from .equality import Behaviour
 from .fused_forward import FusedForward, set_forward
 from .fused_graph import Sizes, fuse_graph
 from .holding import are_held
-from .modules import require_module
+from .modules import OURS, require_module
 from .subclasses import convert_subclasses
 from .tracing import has_norm, trace
 

@@ -268,3 +268,10 @@ class SyncBatchNorm(FusedBatchNorm):
             return None
         group = self.process_group or dist.group.WORLD
         return group if dist.get_world_size(group) > 1 else None
+
+
+OURS: dict[type[nn.Module], type[FusedBatchNorm]] = {  # by torch's
+    nn.BatchNorm1d: BatchNorm1d,
+    nn.BatchNorm2d: BatchNorm2d,
+    nn.BatchNorm3d: BatchNorm3d,
+}

@@ -13,12 +13,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.parametrize import is_parametrized
 
 from . import randomness
-from .attributes import contents, same
-from .conversion import OURS
+from .attributes import HOOKS, contents, has_hooks, same
 from .equality import Behaviour
 from .functional import ACTIVATIONS
 from .fused_forward import set_class
-from .modules import OUR_ATTRIBUTES, FusedBatchNorm
+from .modules import OUR_ATTRIBUTES, OURS, FusedBatchNorm
 from .torch_activations import of_module
 from .tracing import takes
 
@@ -43,6 +42,8 @@ def _convert(layer: nn.Module) -> bool:
     if ours is None or type(layer) in OURS or isinstance(layer, FusedBatchNorm):
         return False
     if is_parametrized(layer) or not takes(layer, 1):
+        return False
+    if any(has_hooks(part) for part in layer.modules() if part is not layer):  # that nobody would call
         return False
     if any(hasattr(layer, name) for name in OUR_ATTRIBUTES):  # it would mean something else to ours
         return False
@@ -70,6 +71,8 @@ def _tried(layer: _BatchNorm, ours: type[FusedBatchNorm]) -> _Keywords | None:
 def _probe(layer: _BatchNorm) -> _BatchNorm:
     """A copy whose output follows its input, as it need not while a weight is 0; in eval, so that it does so far."""
     probe = copy.deepcopy(layer).eval()
+    for kind in HOOKS:  # which are not to see what is tried
+        getattr(probe, kind).clear()
     with torch.no_grad(), randomness.left_alone():
         randomness.seed(0)
         for parameter in probe.parameters(recurse=False):

@@ -133,6 +133,11 @@ def test_options(options: dict[str, Any]) -> None:
     torch.testing.assert_close(step(fused, images()), step(plain, images()), **CLOSE)
 
 
+def doubled(module: nn.Module) -> nn.Module:
+    module.register_forward_hook(lambda module, inputs, y: 2 * y)
+    return module
+
+
 class Halves(nn.BatchNorm2d):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
@@ -196,6 +201,7 @@ STAY: dict[str, Callable[[], nn.Module]] = {
     "a parametrized weight": lambda: parametrize.register_parametrization(
         Lenient(3), "weight", nn.Identity()
     ),
+    "a hook on its activation": lambda: NormAct(3, doubled(nn.ReLU())),
     "random numbers": lambda: NormAct(3, nn.Dropout(0.01)),
     "statistics of halves": lambda: Halves(3),
     "statistics of eval": lambda: AlwaysEval(3),
@@ -234,6 +240,27 @@ def test_a_forward_called_by_a_name_of_its_own() -> None:
     fused = bnext.fuse(plain, images())
     assert type(fused.norm) is NormAct and isinstance(fused.other, FusedBatchNorm)
     torch.testing.assert_close(step(fused, images()), step(plain, images()), **CLOSE)
+
+
+def test_converted_and_restored() -> None:
+    plain = make(network)
+    before, keys = copy.deepcopy(plain), list(plain.state_dict())
+    seen: list[torch.Size] = []
+    plain.bn1.register_forward_hook(lambda layer, args, y: seen.append(y.shape))
+    assert type(bnext.convert(plain).bn1) is NormAct
+    layers = [plain.bn1, plain.bn2, plain.bn3]
+    bnext.convert(plain, subclasses=True)
+    assert [layer.activation for layer in layers] == ["relu", "silu", None]
+    assert all(isinstance(layer, FusedBatchNorm) and isinstance(layer, NormAct) for layer in layers)
+    for training in (True, False):
+        plain.train(training), before.train(training)
+        torch.testing.assert_close(step(plain, images()), step(before, images()), **CLOSE)
+    assert len(seen) == 2
+    assert bnext.restore(plain) is plain and [plain.bn1, plain.bn2, plain.bn3] == layers
+    assert [type(layer) for layer in layers] == [NormAct] * 3
+    assert list(plain.state_dict()) == keys
+    assert vars(plain.bn3).keys() == vars(before.bn3).keys()
+    torch.testing.assert_close(step(plain, images()), step(before, images()), **CLOSE)
 
 
 def test_what_else_takes_them() -> None:

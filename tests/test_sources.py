@@ -1,6 +1,7 @@
 """The house rules that a reader relies on, read off the sources: who may include whom, how files begin and end.
 
-    bnext/   fusion -> fused_graph, subclasses, equality -> conversion -> modules -> functional, sync -> the operators
+    bnext/   fusion -> fused_graph -> conversion -> subclasses -> equality -> modules -> functional, sync
+             -> the operators
              (reference stands beside them and knows NumPy only; tracing, fused_forward, torch_activations torch only)
     csrc/    library -> autograd, nodes, ops, phases, dense, calls, checks and whatever else is not below (tensors)
                      -> engine (devices) -> cpu/, cuda/ (loops)
@@ -200,7 +201,6 @@ LOWER: dict[str, set[str]] = {
     },
     "subclasses.py": {
         ".attributes",
-        ".conversion",
         ".equality",
         ".functional",
         ".fused_forward",
@@ -213,7 +213,7 @@ LOWER: dict[str, set[str]] = {
     "randomness.py": set(),
     "attributes.py": set(),
     "fused_graph.py": {".attributes", ".conversion", ".modules", ".torch_activations"},
-    "conversion.py": {".attributes", ".fused_forward", ".modules", ".torch_activations"},
+    "conversion.py": {".attributes", ".fused_forward", ".modules", ".subclasses", ".torch_activations"},
     "fused_forward.py": set(),
     "tracing.py": {".attributes", ".randomness"},
     "torch_activations.py": set(),
