@@ -6,6 +6,7 @@ import copy
 import inspect
 import types
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -42,17 +43,18 @@ _MOST = 1000  # objects in an output
 class Behaviour:
     """What a module does with some inputs: as it is, in training, in eval.
 
-    It is computed by copies, in float64 unless forward does not work in it. Raises what forward raises.
+    It is computed by copies, in float64 unless forward does not work in it, and with inputs that require grad unless it
+    does not work with these. Raises what forward raises.
     """
 
     def __init__(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
         self.inputs = inputs
-        try:
-            self.in_double = True
-            self.found = self._of(module)
-        except Exception:
-            self.in_double = False
-            self.found = self._of(module)
+        for self.in_double, self.with_grad in ((True, True), (True, False), (False, True)):
+            with suppress(Exception):
+                self.found = self._of(module)
+                return
+        self.in_double = self.with_grad = False
+        self.found = self._of(module)
 
     @property
     def has_nan(self) -> bool:
@@ -124,7 +126,7 @@ class Behaviour:
         x = x.detach().clone()
         if not x.is_floating_point():
             return x
-        return (x.double() if self.in_double else x).requires_grad_()
+        return (x.double() if self.in_double else x).requires_grad_(self.with_grad)
 
     def _step(self, work: nn.Module, seed: int) -> Iterator[tuple[str, Any]]:
         """Of forward and backward, by name."""

@@ -145,6 +145,19 @@ def test_a_forward_that_is_a_method_of_the_same() -> None:
         bnext.fuse(stranger, images())
 
 
+def requiring_grad(net: Net, x: Tensor) -> Tensor:
+    if net.training:
+        x.requires_grad = True  # as wav2vec 2.0 for checkpoints; only leaves may
+    return net.block(x)
+
+
+def test_a_forward_that_takes_leaves_alone() -> None:
+    plain = make(lambda: Net(requiring_grad, block=nn.Sequential(conv(), norm(), nn.ReLU())))
+    fused = bnext.fuse(plain, images())
+    assert counts(fused.block) == {"norm+relu": 1}
+    torch.testing.assert_close(fused(images()), plain(images()), **CLOSE)
+
+
 def test_fused_again_and_converted() -> None:
     plain = make(lambda: nn.Sequential(conv(), norm(), nn.ReLU(), conv(), norm(), nn.Tanh()))
     once = bnext.fuse(plain, images())
