@@ -16,8 +16,8 @@ from torch.nn.utils import parametrize
 import bnext
 from bnext.modules import FusedBatchNorm
 from cases import ACTIVE, Active
-from networks import Net, images, make, step
-from test_fusion import CLOSE, counts, function_of, module_of
+from fusing import counts
+from networks import CLOSE, Net, images, make, step
 
 
 class NormAct(nn.BatchNorm2d):
@@ -108,7 +108,7 @@ def test_copies_and_pickles() -> None:
 @pytest.mark.parametrize("active", ACTIVE, ids=str)
 def test_every_activation(active: Active, kind: str) -> None:
     known = kind == "child" or active.activation_param is None  # a parameter is read off a child alone
-    layer = NormAct(3, module_of(active, False)) if kind == "child" else Of(function_of(active, False))
+    layer = NormAct(3, active.module()) if kind == "child" else Of(active.of)
     plain = make(lambda: nn.Sequential(layer))
     fused = bnext.fuse(plain, images())
     assert isinstance(fused[0], FusedBatchNorm) is known
