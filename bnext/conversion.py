@@ -88,9 +88,9 @@ def synchronize(module: Network, process_group: dist.ProcessGroup | None = None)
 
     Raises:
         TypeError: it is no module.
-        ValueError: a layer with ``inplace=True``, or one of a subclass of torch's or of ours, which nobody can make
-            another class and which would keep statistics of its own; one that :func:`convert` refuses. Nothing has
-            changed then.
+        ValueError: a layer with ``inplace=True``, or one of a subclass of torch's or of ours, which may do anything
+            and would keep statistics of its own (:func:`convert` tries them with ``subclasses=True``); one that
+            :func:`convert` refuses. Nothing has changed then.
     """
     require_module(module)
     layers = {
@@ -100,7 +100,10 @@ def synchronize(module: Network, process_group: dist.ProcessGroup | None = None)
     }
     for name, layer in layers.items():
         if type(layer) not in (*_TORCHS, *_TORCHS.values()) and not is_ours(layer):
-            raise ValueError(f"expected torch's or bnext's layers, but '{name}' is a {type(layer).__name__}")
+            raise ValueError(
+                f"expected torch's or bnext's layers, but '{name}' is a {type(layer).__name__} "
+                "(bnext.convert tries it with subclasses=True)"
+            )
         if isinstance(layer, FusedBatchNorm) and layer.inplace:
             raise ValueError(f"expected inplace=False, but got True in '{name}'")
     convert(module)

@@ -101,7 +101,11 @@ def test_refusals() -> None:
             mixed,
             r"'1' is a torch.nn.modules.batchnorm.BatchNorm2d \(bnext.convert makes them of it",
         ),
-        (bnext.freeze, nn.Sequential(Own(3)), r"'0' is a .*\.Own \(bnext.convert leaves this one alone"),
+        (
+            bnext.freeze,
+            nn.Sequential(Own(3)),
+            r"'0' is a .*\.Own \(bnext.convert tries it with subclasses=True",
+        ),
         (bnext.unfreeze, mixed, "'1' is a torch.nn.modules.batchnorm.BatchNorm2d"),
         (bnext.freeze, untracked, "with running statistics, but '1' has none"),
         (bnext.freeze, nn.ReLU(), "ReLU has none"),

@@ -263,6 +263,18 @@ def test_converted_and_restored() -> None:
     torch.testing.assert_close(step(plain, images()), step(before, images()), **CLOSE)
 
 
+@pytest.mark.usefixtures("fresh_compiler")
+def test_compiled_and_exported() -> None:
+    fused = bnext.fuse(make(network), images())
+    expected = step(copy.deepcopy(fused), images())
+    compiled = torch.compile(copy.deepcopy(fused), fullgraph=True, backend="aot_eager")
+    found = {name.removeprefix("_orig_mod."): value for name, value in step(compiled, images()).items()}
+    torch.testing.assert_close(found, expected, **CLOSE)
+    fused.eval()
+    program = torch.export.export(fused, (images(),))
+    torch.testing.assert_close(program.module()(images()), fused(images()), rtol=0, atol=0)
+
+
 def test_what_else_takes_them() -> None:
     fused = bnext.fuse(make(network), images())
     again = bnext.fuse(fused, images())
