@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from .attributes import has_hooks
-from .fused_forward import FusedForward, own_class
+from .fused_forward import FusedForward, is_made, own_class, set_class
 from .modules import OUR_ATTRIBUTES, OURS, FusedBatchNorm, SyncBatchNorm, require_module
 from .subclasses import convert_subclasses
 from .torch_activations import to_module
@@ -22,10 +22,13 @@ Network = TypeVar("Network", bound=nn.Module)
 
 
 def is_ours(layer: nn.Module) -> bool:
-    """Whether it is of one of these very classes, or has the forward of one before that of its own class."""
-    return type(layer) in OURS.values() or (
-        isinstance(layer, FusedBatchNorm) and isinstance(layer, FusedForward)
-    )
+    """Whether a layer does what ours do, but for synchronized ones: of these very classes, or made to."""
+    return type(layer) in OURS.values() or (_has_our_forward(layer) and not isinstance(layer, SyncBatchNorm))
+
+
+def _has_our_forward(layer: nn.Module) -> bool:
+    """Whether it is of a class that has it before that of its own, as :func:`convert_subclasses` makes them."""
+    return isinstance(layer, FusedBatchNorm) and is_made(layer)
 
 
 def convert(module: Network, *, subclasses: bool = False) -> Network:
@@ -38,10 +41,11 @@ def convert(module: Network, *, subclasses: bool = False) -> Network:
 
     Args:
         module: any module.
-        subclasses: whether to try layers of subclasses of ``nn.BatchNorm1d``, ``2d`` and ``3d`` too, such as timm's
-            BatchNormAct2d. One that computes what a layer of ours does, with one of its activations, gets that
-            forward; it is still of its own class, but its children are called no more, and attributes that its own
-            forward asks for are so no more either. A few small steps of copies of each are computed.
+        subclasses: whether to look at layers of subclasses of ``nn.BatchNorm1d``, ``2d`` and ``3d`` too, such as timm's
+            BatchNormAct2d. One whose forward is torch's function of its own state, and then one of our activations or
+            nothing, gets that of ours; torch.fx tells. It is still of its own class, but its children are called no
+            more, and what Python decides in its own forward is decided for good: attributes that it asks for, whether
+            there are other processes, and the number of dimensions.
 
     Returns:
         The same module.
@@ -89,7 +93,7 @@ def synchronize(module: Network, process_group: dist.ProcessGroup | None = None)
     Raises:
         TypeError: it is no module.
         ValueError: a layer with ``inplace=True``, or one of a subclass of torch's or of ours, which may do anything
-            and would keep statistics of its own (:func:`convert` tries them with ``subclasses=True``); one that
+            and would keep statistics of its own (:func:`convert` looks at them with ``subclasses=True``); one that
             :func:`convert` refuses. Nothing has changed then.
     """
     require_module(module)
@@ -99,16 +103,19 @@ def synchronize(module: Network, process_group: dist.ProcessGroup | None = None)
         if isinstance(layer, nn.modules.batchnorm._BatchNorm)
     }
     for name, layer in layers.items():
-        if type(layer) not in (*_TORCHS, *_TORCHS.values()) and not is_ours(layer):
+        if type(layer) not in (*_TORCHS, *_TORCHS.values()) and not _has_our_forward(layer):
             raise ValueError(
                 f"expected torch's or bnext's layers, but '{name}' is a {type(layer).__name__} "
-                "(bnext.convert tries it with subclasses=True)"
+                "(bnext.convert looks at it with subclasses=True)"
             )
         if isinstance(layer, FusedBatchNorm) and layer.inplace:
             raise ValueError(f"expected inplace=False, but got True in '{name}'")
     convert(module)
     for layer in layers.values():
-        layer.__class__ = SyncBatchNorm
+        if _has_our_forward(layer):
+            set_class(layer, SyncBatchNorm)
+        else:
+            layer.__class__ = SyncBatchNorm
         vars(layer)["process_group"] = process_group
     return module
 
@@ -155,9 +162,9 @@ def restore(module: nn.Module) -> nn.Module:
     Raises:
         TypeError: it is no module.
         ValueError: a layer with ``unbiased_running_var=False``, which torch cannot do; one of a subclass of ours, or
-            parametrized; one with an activation and hooks, for there is no call left that both belong to, or that an
-            attribute holds which is no child, where nobody could put what stands for it; a module that came from
-            :func:`bnext.fuse`. Nothing has changed then.
+            parametrized, or one that was synchronized; one with an activation and hooks, for there is no call left that
+            both belong to, or that an attribute holds which is no child, where nobody could put what stands for it; a
+            module that came from :func:`bnext.fuse`. Nothing has changed then.
     """
     require_module(module)
     if any(
@@ -169,13 +176,17 @@ def restore(module: nn.Module) -> nn.Module:
         )
     layers = {name: layer for name, layer in module.named_modules() if isinstance(layer, FusedBatchNorm)}
     for name, layer in layers.items():
-        if type(layer) not in _TORCHS and not is_ours(layer):
+        if type(layer) not in _TORCHS and not _has_our_forward(layer):
             raise ValueError(f"expected layers of bnext's classes, but '{name}' is a {type(layer).__name__}")
+        if _has_our_forward(layer) and isinstance(layer, SyncBatchNorm):
+            raise ValueError(
+                f"expected a class to go back to, but '{name}' never was a synchronized layer of it"
+            )
         if not layer.unbiased_running_var:
             raise ValueError(
                 f"expected unbiased_running_var=True, as torch's layers have it, but got False in '{name}'"
             )
-        if layer.activation is None or isinstance(layer, FusedForward):
+        if layer.activation is None or _has_our_forward(layer):
             continue
         if has_hooks(layer):
             raise ValueError(f"expected no hooks on a layer with an activation, but '{name}' has some")

@@ -57,7 +57,7 @@ def _layers(module: nn.Module) -> dict[str, FusedBatchNorm]:
             layers[name] = layer
         elif isinstance(layer, nn.modules.batchnorm._BatchNorm):
             kind = f"{type(layer).__module__}.{type(layer).__qualname__}"
-            way = "makes them of it" if kind.startswith("torch.nn.") else "tries it with subclasses=True"
+            way = "makes them of it" if kind.startswith("torch.nn.") else "looks at it with subclasses=True"
             raise ValueError(
                 f"expected layers of bnext's classes, but '{name}' is a {kind} (bnext.convert {way})"
             )

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import copy
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, cast
 from weakref import WeakValueDictionary
 
 from torch import fx, nn
 from torch.fx.graph_module import _format_import_block, _forward_from_src
 from torch.package.importer import sys_importer
 
-__all__ = ["FusedForward", "own_class", "set_class", "set_forward"]
+__all__ = ["FusedForward", "is_made", "own_class", "set_class", "set_forward"]
 
 
 class FusedForward:
@@ -21,6 +21,9 @@ class FusedForward:
     """
 
     _made_of: ClassVar[_Parts]
+
+    def __init_subclass__(cls) -> None:
+        """Stops here: a class that notes its subclasses need not know of one that nobody can name."""
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """As the class that it was, and where forward is from."""
@@ -50,9 +53,14 @@ def set_class(module: nn.Module, first: type[nn.Module]) -> None:
     module.__class__ = _fused_class(own_class(module), first)
 
 
+def is_made(module: nn.Module) -> bool:
+    """Whether its class is one that was made here, and no subclass of one, as parametrizations make them."""
+    return "_made_of" in vars(type(module))
+
+
 def own_class(module: nn.Module) -> type[nn.Module]:
     """The class that a module had before."""
-    return module._made_of.own if isinstance(module, FusedForward) else type(module)
+    return cast(FusedForward, module)._made_of.own if is_made(module) else type(module)
 
 
 _classes: WeakValueDictionary[_Parts, type[nn.Module]] = WeakValueDictionary()

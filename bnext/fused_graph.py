@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 from .attributes import has_hooks
 from .conversion import is_ours
 from .modules import FusedBatchNorm
-from .torch_activations import Activation, of_call, of_module
+from .readers import Chain, activation_of, is_nothing, only_reader, readers_of
 
 __all__ = ["Sizes", "fuse_graph"]
 
@@ -59,7 +59,7 @@ def _draw_in(module: nn.Module, node: fx.Node, layer: FusedBatchNorm, order: dic
     if node.kwargs or len(node.args) != 1:
         return False
     residual, added = _residual(module, node, order)
-    found, activated = _activation(module, added[-1] if added else node)
+    found, activated = activation_of(module, added[-1] if added else node)
     drawn = [*added, *activated]  # nodes that alone read one another
     if not drawn or any(_writes(module, other) for other in _between(node, drawn[-1]) if other not in drawn):
         return False
@@ -70,22 +70,9 @@ def _draw_in(module: nn.Module, node: fx.Node, layer: FusedBatchNorm, order: dic
     return True
 
 
-_Chain = list[fx.Node]
-
-
-def _next(module: nn.Module, node: fx.Node) -> _Chain:
-    """What alone reads a value, the last, and before it modules that hand it on; none if there are several."""
-    chain = [*_only_reader(node)]
-    while chain and _is_nothing(module, chain[-1]):
-        chain += (reader := _only_reader(chain[-1]))
-        if not reader:
-            return []
-    return chain
-
-
-def _residual(module: nn.Module, node: fx.Node, order: dict[fx.Node, int]) -> tuple[fx.Node | None, _Chain]:
+def _residual(module: nn.Module, node: fx.Node, order: dict[fx.Node, int]) -> tuple[fx.Node | None, Chain]:
     """What the only reader of a batch norm adds to it: a tensor of the same size and dtype that is there already."""
-    chain = _next(module, node)
+    chain = readers_of(module, node)
     if not chain or chain[-1].target not in _ADDITIONS.get(chain[-1].op, ()):
         return None, []
     reader, value = chain[-1], ([node, *chain])[-2]
@@ -97,7 +84,7 @@ def _residual(module: nn.Module, node: fx.Node, order: dict[fx.Node, int]) -> tu
     other = right if left is value else left
     is_left = left is other
     handed_on = []
-    while isinstance(other, fx.Node) and _is_nothing(module, other):
+    while isinstance(other, fx.Node) and is_nothing(module, other):
         handed_on.append(other)
         other = other.args[0]
     if not isinstance(other, fx.Node) or other is node or order[other] > order[node]:
@@ -106,23 +93,9 @@ def _residual(module: nn.Module, node: fx.Node, order: dict[fx.Node, int]) -> tu
     if _size(other) is None or _size(other) != _size(node) or other.op == "get_attr":
         return None, []
     writes_over_it = is_left and reader.target not in (operator.add, torch.add, "add")
-    if writes_over_it and (_norm(module, other) is None or not all(map(_only_reader, [other, *handed_on]))):
+    if writes_over_it and (_norm(module, other) is None or not all(map(only_reader, [other, *handed_on]))):
         return None, []  # somebody may look at it afterwards
     return other, chain
-
-
-def _activation(module: nn.Module, node: fx.Node) -> tuple[Activation | None, _Chain]:
-    """What the only reader of a value computes of it, if that is one of our activations."""
-    chain = _next(module, node)
-    if not chain or chain[-1].all_input_nodes != [([node, *chain])[-2]]:
-        return None, []
-    reader = chain[-1]
-    if reader.op == "call_module":
-        called = module.get_submodule(str(reader.target))
-        found = None if has_hooks(called) else of_module(called)
-    else:
-        found = of_call(reader.target, reader.args, reader.kwargs)
-    return found, chain if found is not None else []
 
 
 def _norm(module: nn.Module, node: fx.Node) -> FusedBatchNorm | None:
@@ -131,20 +104,8 @@ def _norm(module: nn.Module, node: fx.Node) -> FusedBatchNorm | None:
     return cast(FusedBatchNorm, called) if called is not None and is_ours(called) else None
 
 
-def _is_nothing(module: nn.Module, node: fx.Node) -> bool:
-    """A call of nn.Identity, which networks put where something could stand: it hands on its argument itself."""
-    if node.op != "call_module" or len(node.args) != 1 or not isinstance(node.args[0], fx.Node):
-        return False
-    called = module.get_submodule(str(node.target))
-    return type(called) is nn.Identity and not has_hooks(called)
-
-
 def _size(node: fx.Node) -> tuple[torch.Size, torch.dtype] | None:
     return node.meta.get(_NOTE)
-
-
-def _only_reader(node: fx.Node) -> _Chain:
-    return [*node.users] if len(node.users) == 1 else []
 
 
 def _between(first: fx.Node, last: fx.Node) -> Iterator[fx.Node]:

@@ -49,12 +49,10 @@ def fuse(module: Network, *example_inputs: Any) -> Network:
     something in an attribute, its own forward stays and the modules in it are fused one by one. What forward does to
     globals, or to objects that its class holds, is seen only where a tensor stays there.
 
-    Layers of a subclass of torch's, such as timm's BatchNormAct2d, are tried one by one: where one computes what a
-    layer of ours does, with one of its activations, it gets that forward before its own, and activations among its
-    children are called no more.
-
-    Every graph is tried before it is taken: copies of the module and of the fused one compute a training and an eval
-    step of the example, in float64 where forward works in it, and have to agree in outputs, gradients and buffers.
+    Layers of a subclass of torch's, such as timm's BatchNormAct2d, that compute what ours do, with one of the
+    activations, get the forward of ours as :func:`bnext.convert` gives it to them where it is asked to: what their own
+    forward asks attributes for, and whether there are other processes, is decided for good, and children are not
+    called any more.
 
     Args:
         module: any module.

@@ -1,38 +1,37 @@
-"""Batch norms of classes of somebody's own that compute what ours do, with an activation maybe: found by trying."""
+"""Batch norms of classes of somebody's own that compute what ours do, with an activation maybe: read off a graph."""
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterator
-from itertools import chain
+import inspect
+from functools import partial
 from typing import Any, cast
 
-import torch
-from torch import Tensor, nn
+from torch import fx, nn
+from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.parametrize import is_parametrized
 
-from . import randomness
-from .attributes import HOOKS, contents, has_hooks, same
-from .equality import Behaviour
-from .functional import ACTIVATIONS
+from .attributes import captured_modules
 from .fused_forward import set_class
 from .modules import OUR_ATTRIBUTES, OURS, FusedBatchNorm
-from .torch_activations import of_module
-from .tracing import takes
+from .readers import activation_of, readers_of
+from .tracing import MODES, Proxy, Tracer, takes, traced
 
 __all__ = ["convert_subclasses"]
 
-_SAMPLES = 8
-_Keywords = dict[str, Any]  # activation and activation_param
+_ARGUMENTS = inspect.signature(F.batch_norm)
+_TENSORS = ("weight", "bias", "running_mean", "running_var")
+_Keywords = tuple[tuple[str, Any], ...]
+_COUNTER = "num_batches_tracked"
 
 
 def convert_subclasses(module: nn.Module) -> bool:
     """In place: layers of subclasses of torch's that do what ours do get the forward of ours. Whether there are any.
 
-    Such a class adds an activation to the normalization, as timm's BatchNormAct2d does, or nothing that what it
-    computes would show. Each layer is tried on values of every size, in training and in eval. Its own class stays,
-    behind ours, and so do its attributes and children, though nobody calls these any more.
+    Such a class adds an activation to the normalization, as timm's BatchNormAct2d does, or nothing that its forward
+    would show. That is torch's function of the layer's own state, then one of our activations or nothing, in training
+    and in eval; whatever else stands in the graph of it, the layer stays. What Python decides in it is decided then.
+    Its own class stays, behind ours, and so do its attributes and children, though nobody calls these any more.
     """
     return any([_convert(layer) for layer in module.modules()])
 
@@ -41,75 +40,78 @@ def _convert(layer: nn.Module) -> bool:
     ours = next((ours for torchs, ours in OURS.items() if isinstance(layer, torchs)), None)
     if ours is None or type(layer) in OURS or isinstance(layer, FusedBatchNorm):
         return False
-    if is_parametrized(layer) or not takes(layer, 1):
-        return False
-    if any(has_hooks(part) for part in layer.modules() if part is not layer):  # that nobody would call
-        return False
-    if any(hasattr(layer, name) for name in OUR_ATTRIBUTES):  # it would mean something else to ours
+    if not isinstance(layer, _BatchNorm) or not _is_plain(layer, ours):
         return False
     try:
-        keywords = _tried(cast(_BatchNorm, layer), ours)
-    except Exception:  # whatever somebody's class raises: the layer stays what it is
+        found = {
+            _keywords(layer, traced(partial(_Tracer, ndim), layer, *modes), training=modes[0])
+            for ndim in ours._ndims
+            for modes in MODES
+        }
+    except Exception:  # whatever somebody's forward raises when it meets a proxy
         return False
-    if keywords is not None:
-        _set(layer, ours, keywords)
-    return keywords is not None
-
-
-def _tried(layer: _BatchNorm, ours: type[FusedBatchNorm]) -> _Keywords | None:
-    """The keywords with which a layer of ours does the same as one of a subclass; None if there are none."""
-    probe = _probe(layer)
-    behaviours = [Behaviour(probe, (x,)) for x in _inputs(probe, ours._ndims)]
-    for keywords in _candidates(layer):
-        trial = copy.deepcopy(probe)
-        _set(trial, ours, keywords)
-        if all(theirs.difference(trial) is None for theirs in behaviours):
-            return keywords
-    return None
-
-
-def _probe(layer: _BatchNorm) -> _BatchNorm:
-    """A copy whose output follows its input, as it need not while a weight is 0; in eval, so that it does so far."""
-    probe = copy.deepcopy(layer).eval()
-    for kind in HOOKS:  # which are not to see what is tried
-        getattr(probe, kind).clear()
-    with torch.no_grad(), randomness.left_alone():
-        randomness.seed(0)
-        for parameter in probe.parameters(recurse=False):
-            parameter.uniform_(0.5, 2)
-        _BatchNorm.reset_running_stats(probe)
-    return probe
-
-
-def _inputs(layer: _BatchNorm, ndims: tuple[int, ...]) -> Iterator[Tensor]:
-    """Of each number of dimensions: values that tell curves apart, and distant ones.
-
-    Raises:
-        ValueError: forward leaves something in an attribute.
-    """
-    generator = torch.Generator().manual_seed(0)
-    like = next(chain(layer.parameters(), layer.buffers()), torch.empty(0))
-    work = copy.deepcopy(layer)
-    held = contents(work)
-    for n in ndims:
-        size = [_SAMPLES, layer.num_features, 3, 2, 2][:n]
-        near = torch.randn(size, generator=generator)
-        distant = near * 10 ** torch.empty(size).uniform_(-3, 6, generator=generator)
-        yield from (near.to(like), distant.to(like))
-        with torch.no_grad(), randomness.left_alone():
-            work(near.to(like))
-    if not same(held, contents(work)):
-        raise ValueError("an attribute that forward sets, which ours does not")
-
-
-def _candidates(layer: nn.Module) -> Iterator[_Keywords]:
-    """Activations that a layer may compute, likely ones first."""
-    children = filter(None, map(of_module, layer.children()))
-    yield from ({**child._asdict()} for child in children)
-    yield {}
-    yield from ({"activation": name} for name in ACTIVATIONS)
-
-
-def _set(layer: nn.Module, ours: type[nn.Module], keywords: _Keywords) -> None:
+    if len(found) != 1 or (keywords := found.pop()) is None:
+        return False
     set_class(layer, ours)
-    vars(layer).update(OUR_ATTRIBUTES | keywords)
+    vars(layer).update(OUR_ATTRIBUTES | dict(keywords))
+    return True
+
+
+def _is_plain(layer: nn.Module, ours: type[FusedBatchNorm]) -> bool:
+    """Whether its forward is that of its class, of torch's parameters and buffers, and no name means two things."""
+    added = {name for cls in (ours, FusedBatchNorm) for name in vars(cls)} - {*dir(nn.BatchNorm2d)}
+    own = {name for name, _ in layer.named_parameters()} | {name for name, _ in layer.named_buffers()}
+    return (
+        takes(layer, 1)
+        and "forward" not in vars(layer)
+        and not captured_modules(layer)
+        and not is_parametrized(layer)
+        and own <= {*_TENSORS, _COUNTER}
+        and not any(hasattr(layer, name) for name in {*OUR_ATTRIBUTES, *added})
+    )
+
+
+class _Input(Proxy):
+    """A tensor of a number of dimensions that is known, which layers check."""
+
+    def dim(self) -> int:
+        return cast(_Tracer, self.tracer).ndim
+
+    ndim = property(dim)
+
+
+class _Tracer(Tracer):
+    def __init__(self, ndim: int) -> None:
+        super().__init__()
+        self.ndim = ndim
+
+    def kind_of_proxy(self, node: fx.Node) -> type[Proxy]:
+        return _Input if node.op == "placeholder" else Proxy
+
+
+def _keywords(layer: _BatchNorm, graph: fx.Graph, training: bool) -> _Keywords | None:
+    """Those of a layer of ours for the activation, if a graph is that of one; None if it is not."""
+    state = {node.target: node for node in graph.nodes if node.op == "get_attr"}
+    (x,) = (node for node in graph.nodes if node.op == "placeholder")
+    (norm,) = (node for node in graph.nodes if node.target is F.batch_norm)
+    given = _ARGUMENTS.bind(*norm.args, **norm.kwargs)
+    given.apply_defaults()
+    tracking = training and layer.track_running_stats
+    tensors = {name: getattr(layer, name) for name in _TENSORS}
+    if training and not tracking:
+        tensors |= {"running_mean": None, "running_var": None}
+    expected = {name: None if tensor is None else state[name] for name, tensor in tensors.items()}
+    expected |= {"input": x, "training": training or layer.running_mean is None, "eps": layer.eps}
+    expected |= {"momentum": layer.momentum} if tracking else {}
+    if any(given.arguments[name] != value for name, value in expected.items()):
+        return None
+    counted = [node for node in graph.nodes if node.target == "add_"]
+    if [node.args for node in counted] != ([(state[_COUNTER], 1)] if tracking else []):
+        return None
+    found, followed = activation_of(layer, norm)
+    rest = readers_of(layer, followed[-1] if found else norm)
+    if not rest or rest[-1].op != "output":
+        return None
+    if not {*graph.nodes} <= {x, *state.values(), norm, *counted, *followed, *rest}:
+        return None
+    return tuple(found._asdict().items()) if found else ()

@@ -16,7 +16,7 @@ from torch import fx, nn
 from . import randomness
 from .attributes import contents, has_hooks, same
 
-__all__ = ["has_norm", "takes", "trace"]
+__all__ = ["MODES", "Proxy", "Tracer", "has_norm", "takes", "trace", "traced"]
 
 
 def has_norm(module: nn.Module) -> bool:
@@ -36,9 +36,9 @@ def trace(module: nn.Module, inputs: int) -> fx.Graph | None:
         return None
     known = {name for name, _ in module.named_parameters(remove_duplicate=False)}
     known |= {name for name, _ in module.named_buffers(remove_duplicate=False)}
-    for tracer in (_Tracer, _ShallowTracer):
+    for tracer in (Tracer, _ShallowTracer):
         try:
-            graphs = [_traced(tracer, module, *modes) for modes in _MODES]
+            graphs = [traced(tracer, module, *modes) for modes in MODES]
         except Exception:  # whatever a forward raises when it meets a proxy
             continue
         constants = {str(node.target) for node in graphs[0].nodes if node.op == "get_attr"} - known
@@ -48,12 +48,17 @@ def trace(module: nn.Module, inputs: int) -> fx.Graph | None:
 
 
 # training, with grad, the other autocast mode: what forward does itself about one of these shows in another.
-_MODES = [(True, True, False), (False, True, False), (True, False, False), (True, True, True)]
+MODES = [(True, True, False), (False, True, False), (True, False, False), (True, True, True)]
 
 
-def _traced(
-    tracer: type[_Tracer], module: nn.Module, training: bool, grad: bool, other_autocast: bool
+def traced(
+    tracer: Callable[[], Tracer], module: nn.Module, training: bool, grad: bool, other_autocast: bool
 ) -> fx.Graph:
+    """The graph of forward in one of the modes.
+
+    Raises:
+        ValueError: it does something that a graph does not keep; and what torch.fx and forward raise.
+    """
     module = copy.deepcopy(module).train(training)
     held, drawn = contents(module), randomness.state()
     autocast = torch.is_autocast_enabled("cpu") is not other_autocast
@@ -95,7 +100,7 @@ class _Attribute(_Unwritten, fx.proxy.Attribute):
     __hash__ = None  # type: ignore[assignment]
 
 
-class _Proxy(_Unwritten, fx.Proxy):
+class Proxy(_Unwritten, fx.Proxy):
     """Where `a += b` writes to a. torch.fx by itself reads it as `a = a + b`."""
 
     def __getattr__(self, name: str) -> _Attribute:
@@ -107,7 +112,7 @@ def _recorded(target: Callable[[Any, Any], Any]) -> Callable[[fx.Proxy, Any], fx
 
 
 for _name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor"):
-    setattr(_Proxy, f"__{_name}__", _recorded(getattr(operator, _name)))
+    setattr(Proxy, f"__{_name}__", _recorded(getattr(operator, _name)))
 
 
 def _surroundings() -> tuple[object, ...]:
@@ -121,7 +126,7 @@ def _surroundings() -> tuple[object, ...]:
     )
 
 
-class _Tracer(fx.Tracer):
+class Tracer(fx.Tracer):
     """Batch norms, ours too, are calls of modules in the graph, and so is whatever has hooks."""
 
     proxy_buffer_attributes = True
@@ -133,15 +138,17 @@ class _Tracer(fx.Tracer):
 
     def has_left_something(self) -> bool:
         """Whether somebody still holds what stood for a tensor: a global, a cache, an attribute of a class."""
-        if not self._is_alive():
-            return False
-        gc.collect()  # a cycle may have held it
+        for generation in (1, 2):  # a cycle may hold it, and most are young
+            if not self._is_alive():
+                return False
+            gc.collect(generation)
         return self._is_alive()
 
     def _is_alive(self) -> bool:
         return any(made() is not None for made in self._made)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        """As the class says, and torch's modules."""
         if isinstance(m, nn.modules.batchnorm._BatchNorm):
             return True
         if has_hooks(m):
@@ -150,17 +157,23 @@ class _Tracer(fx.Tracer):
             return True
         return super().is_leaf_module(m, module_qualified_name)
 
+    def kind_of_proxy(self, node: fx.Node) -> type[Proxy]:
+        """What stands for the value of a node."""
+        return Proxy
+
     def proxy(self, node: fx.Node) -> fx.Proxy:
-        made = _Proxy(node, self)
+        """One of these, which is watched."""
+        made = self.kind_of_proxy(node)(node, self)
         self._made.append(weakref.ref(made))
         return made
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        """As torch.fx does; a ValueError where forward has changed a mode."""
         if _surroundings() != self._surroundings:
             raise ValueError("another grad or autocast mode, which a graph does not keep")
         return super().create_node(*args, **kwargs)
 
 
-class _ShallowTracer(_Tracer):
+class _ShallowTracer(Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return not has_norm(m) or super().is_leaf_module(m, module_qualified_name)

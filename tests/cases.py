@@ -121,6 +121,12 @@ class Active:
         odd = z.isinf() & result.isnan()
         return torch.where(odd, function(z.double(), *given).to(z.dtype), result) if odd.any() else result
 
+    def function(self, inplace: bool = False) -> Callable[[Tensor], Tensor]:
+        """torch's own as a network calls it."""
+        given = () if self.activation_param is None else (self.activation_param,)
+        keywords = {"inplace": True} if inplace else {}
+        return lambda z: getattr(torch.nn.functional, self.activation)(z, *given, **keywords)
+
     def module(self, inplace: bool = False) -> torch.nn.Module:
         """torch's own layer; gelu, sigmoid and tanh have none that writes over its input."""
         given = () if self.activation_param is None else (self.activation_param,)

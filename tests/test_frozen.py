@@ -104,7 +104,7 @@ def test_refusals() -> None:
         (
             bnext.freeze,
             nn.Sequential(Own(3)),
-            r"'0' is a .*\.Own \(bnext.convert tries it with subclasses=True",
+            r"'0' is a .*\.Own \(bnext.convert looks at it with subclasses=True",
         ),
         (bnext.unfreeze, mixed, "'1' is a torch.nn.modules.batchnorm.BatchNorm2d"),
         (bnext.freeze, untracked, "with running statistics, but '1' has none"),

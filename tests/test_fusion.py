@@ -73,15 +73,9 @@ def test_copies_compute_and_count_alone() -> None:
 
 FORMS: dict[str, Callable[[Active, bool], nn.Module]] = {
     "module": lambda active, inplace: Net(lambda net, x: net.f(net.norm(x)), f=active.module(inplace)),
-    "function": lambda active, inplace: Net(lambda net, x: function_of(active, inplace)(net.norm(x))),
+    "function": lambda active, inplace: Net(lambda net, x: active.function(inplace)(net.norm(x))),
 }
 NEVER_IN_PLACE = {"gelu", "sigmoid", "tanh"}  # torch has no such argument
-
-
-def function_of(active: Active, inplace: bool) -> Callable[..., torch.Tensor]:
-    function = getattr(F, active.activation)
-    given = () if active.activation_param is None else (active.activation_param,)
-    return lambda z: function(z, *given, **({"inplace": True} if inplace else {}))
 
 
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS.keys())

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import copy
 import io
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
 import bnext
@@ -18,42 +16,7 @@ from bnext.modules import FusedBatchNorm
 from cases import ACTIVE, Active
 from fusing import counts
 from networks import CLOSE, Net, images, make, step
-
-
-class NormAct(nn.BatchNorm2d):
-    """As timm's BatchNormAct2d: torch's function again, then children."""
-
-    def __init__(self, channels: int, act: nn.Module | None = None, **keywords: Any) -> None:
-        super().__init__(channels, **keywords)
-        self.drop = nn.Identity()
-        self.act = nn.Identity() if act is None else act
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.training and self.num_batches_tracked is not None:
-            self.num_batches_tracked.add_(1)
-        uses_batch = self.training or self.running_mean is None
-        x = F.batch_norm(
-            x,
-            self.running_mean,
-            self.running_var,
-            self.weight,
-            self.bias,
-            uses_batch,
-            self.momentum,
-            self.eps,
-        )
-        return self.act(self.drop(x))
-
-
-class Of(nn.BatchNorm2d):
-    """`after(norm(x))`."""
-
-    def __init__(self, after: Callable[[Tensor], Tensor]) -> None:
-        super().__init__(3)
-        self.after = after
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.after(super().forward(x))
+from own_norms import UNLIKE_OURS, Lenient, NormAct, Of
 
 
 def forward_of_a_block(net: Any, x: Tensor) -> Tensor:
@@ -107,13 +70,10 @@ def test_copies_and_pickles() -> None:
 @pytest.mark.parametrize("kind", ["child", "function"])
 @pytest.mark.parametrize("active", ACTIVE, ids=str)
 def test_every_activation(active: Active, kind: str) -> None:
-    known = kind == "child" or active.activation_param is None  # a parameter is read off a child alone
-    layer = NormAct(3, active.module()) if kind == "child" else Of(active.of)
+    layer = NormAct(3, active.module()) if kind == "child" else Of(active.function())
     plain = make(lambda: nn.Sequential(layer))
     fused = bnext.fuse(plain, images())
-    assert isinstance(fused[0], FusedBatchNorm) is known
-    if known:
-        assert fused[0].activation == active.activation
+    assert isinstance(fused[0], FusedBatchNorm) and fused[0].activation == active.activation
     torch.testing.assert_close(step(fused, images()), step(plain, images()), **CLOSE)
 
 
@@ -133,93 +93,55 @@ def test_options(options: dict[str, Any]) -> None:
     torch.testing.assert_close(step(fused, images()), step(plain, images()), **CLOSE)
 
 
-def doubled(module: nn.Module) -> nn.Module:
-    module.register_forward_hook(lambda module, inputs, y: 2 * y)
-    return module
-
-
-class Halves(nn.BatchNorm2d):
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.training:
-            return super().forward(x)
-        return torch.cat([super(Halves, self).forward(half) for half in x.chunk(2)])
-
-
-class AlwaysEval(nn.BatchNorm2d):
-    def forward(self, x: Tensor) -> Tensor:
-        return F.batch_norm(
-            x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps
-        )
-
-
-class Counting(nn.BatchNorm2d):
-    def __init__(self) -> None:
-        super().__init__(3)
-        self.sizes: list[torch.Size] = []
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.sizes.append(x.shape)
-        return super().forward(x)
-
-
-class Lenient(nn.BatchNorm2d):
-    def _check_input_dim(self, input: Tensor) -> None:
-        pass
-
-
-class Scaled(nn.BatchNorm2d):
-    def __init__(self) -> None:
-        super().__init__(3)
-        self.activation = nn.ReLU()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.activation(super().forward(x))
-
-
-class Masked(nn.BatchNorm2d):
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        y = super().forward(x)
-        return y if mask is None else y * mask
-
-
-class Weightless(nn.BatchNorm2d):
-    """What does not show as long as the weight is 0, which is how last layers of blocks begin."""
-
-    def __init__(self) -> None:
-        super().__init__(3)
-        nn.init.zeros_(self.weight)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.hardtanh(super().forward(x))
-
-
-STAY: dict[str, Callable[[], nn.Module]] = {
-    "a parameter of its own": lambda: NormAct(3, nn.PReLU()),
-    "a bound far away": lambda: Of(lambda z: z.clamp(-1e5, 1e5)),
-    "a curve that is close": lambda: Of(lambda z: F.gelu(z, approximate="tanh")),
-    "a weight of 0": Weightless,
-    "a parametrized weight": lambda: parametrize.register_parametrization(
-        Lenient(3), "weight", nn.Identity()
-    ),
-    "a hook on its activation": lambda: NormAct(3, doubled(nn.ReLU())),
-    "random numbers": lambda: NormAct(3, nn.Dropout(0.01)),
-    "statistics of halves": lambda: Halves(3),
-    "statistics of eval": lambda: AlwaysEval(3),
-    "lists that grow": Counting,
-    "an attribute that is ours": Scaled,
-    "another argument": lambda: Masked(3),
-}
-
-
-@pytest.mark.parametrize("name", STAY)
+@pytest.mark.parametrize("name", UNLIKE_OURS)
 def test_what_stays_as_it_is(name: str) -> None:
-    plain = make(lambda: nn.Sequential(nn.Conv2d(3, 3, 1), STAY[name](), nn.BatchNorm2d(3), nn.ReLU()))
+    plain = make(lambda: nn.Sequential(nn.Conv2d(3, 3, 1), UNLIKE_OURS[name](), nn.BatchNorm2d(3), nn.ReLU()))
+    own, before = type(plain[1]), copy.deepcopy(plain)
+    assert type(bnext.convert(plain, subclasses=True)[1]) is own and isinstance(plain[2], FusedBatchNorm)
+    torch.testing.assert_close(plain.state_dict(), before.state_dict(), rtol=0, atol=0)
+    torch.manual_seed(0)
+    expected = step(before, images())
+    torch.manual_seed(0)
+    torch.testing.assert_close(step(plain, images()), expected, **CLOSE)
+
+
+@pytest.mark.parametrize("name", UNLIKE_OURS)
+def test_what_fuse_leaves_as_it_is(name: str) -> None:
+    plain = make(lambda: nn.Sequential(UNLIKE_OURS[name](), nn.BatchNorm2d(3), nn.ReLU()))
     fused = bnext.fuse(plain, images())
-    assert type(fused[1]) is type(plain[1]) and isinstance(fused[2], FusedBatchNorm)
+    assert type(fused[0]) is type(plain[0])
     torch.manual_seed(0)
     expected = step(plain, images())
     torch.manual_seed(0)
     torch.testing.assert_close(step(fused, images()), expected, **CLOSE)
+
+
+class Holding(nn.BatchNorm2d):
+    """What a copy would call is this one's."""
+
+    def __init__(self) -> None:
+        super().__init__(3)
+        self.run = lambda x: nn.BatchNorm2d.forward(self, x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.run(x)
+
+
+def test_a_function_around_it_is_not_called() -> None:
+    layer = Holding()
+    before = copy.deepcopy(layer.state_dict())
+    assert type(bnext.convert(layer, subclasses=True)) is Holding
+    torch.testing.assert_close(layer.state_dict(), before, rtol=0, atol=0)
+
+
+def test_classes_that_note_their_subclasses() -> None:
+    class Noting(nn.BatchNorm2d):
+        known: list[type] = []  # noqa: RUF012
+
+        def __init_subclass__(cls) -> None:
+            Noting.known.append(cls)
+
+    assert bnext.convert(Noting(3), subclasses=True).activation is None and not Noting.known
 
 
 def test_more_dimensions_than_ours_take() -> None:
@@ -283,10 +205,23 @@ def test_what_else_takes_them() -> None:
     assert not frozen.bn1.training
     with pytest.raises(ValueError, match=r"bnext\.fuse has not made"):
         bnext.restore(fused)
-    synchronized = bnext.synchronize(copy.deepcopy(fused))
-    assert all(
-        isinstance(layer, bnext.SyncBatchNorm)
-        for layer in synchronized.modules()
-        if isinstance(layer, FusedBatchNorm)
-    )
-    torch.testing.assert_close(step(synchronized, images()), step(fused, images()), **CLOSE)
+
+
+def test_synchronized_they_are_still_of_their_class() -> None:
+    plain = make(lambda: nn.Sequential(NormAct(3, nn.ReLU()), Lenient(3)))
+    found = bnext.synchronize(bnext.convert(copy.deepcopy(plain), subclasses=True))
+    assert all(isinstance(layer, bnext.SyncBatchNorm) for layer in found)
+    assert isinstance(found[0], NormAct) and isinstance(found[1], Lenient)
+    torch.testing.assert_close(step(found, images()), step(plain, images()), **CLOSE)
+    with pytest.raises(ValueError, match="expected a class to go back to, but '0'"):
+        bnext.restore(found)
+
+
+def test_parametrized_afterwards() -> None:
+    network = bnext.convert(make(lambda: nn.Sequential(NormAct(3, nn.ReLU()))), subclasses=True)
+    parametrize.register_parametrization(network[0], "weight", nn.Softplus())
+    expected = network.eval()(images())
+    for change in (bnext.restore, bnext.synchronize):
+        with pytest.raises(ValueError, match="but '0' is a ParametrizedNormAct"):
+            change(network)
+        assert torch.equal(network(images()), expected)

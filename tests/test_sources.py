@@ -1,8 +1,8 @@
 """The house rules that a reader relies on, read off the sources: who may include whom, how files begin and end.
 
-    bnext/   fusion -> fused_graph -> conversion -> subclasses -> equality -> modules -> functional, sync
-             -> the operators
-             (reference stands beside them and knows NumPy only; tracing, fused_forward, torch_activations torch only)
+    bnext/   fusion -> fused_graph, equality -> conversion -> subclasses -> modules -> functional, sync -> the operators
+             (reference stands beside them and knows NumPy only; tracing, readers, fused_forward, torch_activations
+             torch only)
     csrc/    library -> autograd, nodes, ops, phases, dense, calls, checks and whatever else is not below (tensors)
                      -> engine (devices) -> cpu/, cuda/ (loops)
                      -> plan, plan_cuda, dispatch, formulas, args, storage (plain)
@@ -199,20 +199,12 @@ LOWER: dict[str, set[str]] = {
         ".subclasses",
         ".tracing",
     },
-    "subclasses.py": {
-        ".attributes",
-        ".equality",
-        ".functional",
-        ".fused_forward",
-        ".modules",
-        ".randomness",
-        ".torch_activations",
-        ".tracing",
-    },
+    "subclasses.py": {".attributes", ".fused_forward", ".modules", ".readers", ".tracing"},
+    "readers.py": {".attributes", ".torch_activations"},
     "equality.py": {".fused_forward", ".modules", ".randomness"},
     "randomness.py": set(),
     "attributes.py": set(),
-    "fused_graph.py": {".attributes", ".conversion", ".modules", ".torch_activations"},
+    "fused_graph.py": {".attributes", ".conversion", ".modules", ".readers"},
     "conversion.py": {".attributes", ".fused_forward", ".modules", ".subclasses", ".torch_activations"},
     "fused_forward.py": set(),
     "tracing.py": {".attributes", ".randomness"},

@@ -1,0 +1,49 @@
+"""Who reads a value in a graph of torch.fx."""
+
+from __future__ import annotations
+
+from torch import fx, nn
+
+from .attributes import has_hooks
+from .torch_activations import Activation, of_call, of_module
+
+__all__ = ["Chain", "activation_of", "is_nothing", "only_reader", "readers_of"]
+
+Chain = list[fx.Node]
+
+
+def only_reader(node: fx.Node) -> Chain:
+    """The one node that reads a value; none if there are several."""
+    return [*node.users] if len(node.users) == 1 else []
+
+
+def readers_of(module: nn.Module, node: fx.Node) -> Chain:
+    """What alone reads a value, the last, and before it modules that hand it on; none if there are several."""
+    chain = [*only_reader(node)]
+    while chain and is_nothing(module, chain[-1]):
+        chain += (reader := only_reader(chain[-1]))
+        if not reader:
+            return []
+    return chain
+
+
+def activation_of(module: nn.Module, node: fx.Node) -> tuple[Activation | None, Chain]:
+    """What the only reader of a value computes of it, if that is one of our activations."""
+    chain = readers_of(module, node)
+    if not chain or chain[-1].all_input_nodes != [([node, *chain])[-2]]:
+        return None, []
+    reader = chain[-1]
+    if reader.op == "call_module":
+        called = module.get_submodule(str(reader.target))
+        found = None if has_hooks(called) else of_module(called)
+    else:
+        found = of_call(reader.target, reader.args, reader.kwargs)
+    return found, chain if found is not None else []
+
+
+def is_nothing(module: nn.Module, node: fx.Node) -> bool:
+    """A call of nn.Identity, which networks put where something could stand: it hands on its argument itself."""
+    if node.op != "call_module" or len(node.args) != 1 or not isinstance(node.args[0], fx.Node):
+        return False
+    called = module.get_submodule(str(node.target))
+    return type(called) is nn.Identity and not has_hooks(called)
