@@ -162,9 +162,9 @@ def restore(module: nn.Module) -> nn.Module:
     Raises:
         TypeError: it is no module.
         ValueError: a layer with ``unbiased_running_var=False``, which torch cannot do; one of a subclass of ours, or
-            parametrized, or one that was synchronized; one with an activation and hooks, for there is no call left that
-            both belong to, or that an attribute holds which is no child, where nobody could put what stands for it; a
-            module that came from :func:`bnext.fuse`. Nothing has changed then.
+            parametrized; one of a subclass of torch's that was synchronized; one with an activation and hooks, for
+            there is no call left that both belong to, or that an attribute holds which is no child, where nobody could
+            put what stands for it; a module that came from :func:`bnext.fuse`. Nothing has changed then.
     """
     require_module(module)
     if any(

@@ -40,21 +40,27 @@ def _convert(layer: nn.Module) -> bool:
     ours = next((ours for torchs, ours in OURS.items() if isinstance(layer, torchs)), None)
     if ours is None or type(layer) in OURS or isinstance(layer, FusedBatchNorm):
         return False
-    if not isinstance(layer, _BatchNorm) or not _is_plain(layer, ours):
-        return False
     try:
-        found = {
-            _keywords(layer, traced(partial(_Tracer, ndim), layer, *modes), training=modes[0])
-            for ndim in ours._ndims
-            for modes in MODES
-        }
-    except Exception:  # whatever somebody's forward raises when it meets a proxy
+        keywords = _read(cast(_BatchNorm, layer), ours)
+        if keywords is None:
+            return False
+        set_class(layer, ours)
+    except Exception:  # whatever somebody's class raises: the layer stays what it is
         return False
-    if len(found) != 1 or (keywords := found.pop()) is None:
-        return False
-    set_class(layer, ours)
     vars(layer).update(OUR_ATTRIBUTES | dict(keywords))
     return True
+
+
+def _read(layer: _BatchNorm, ours: type[FusedBatchNorm]) -> _Keywords | None:
+    """The keywords with which a layer of ours does the same; None if there are none."""
+    if not _is_plain(layer, ours):
+        return None
+    found = {
+        _keywords(layer, traced(partial(_Tracer, ndim), layer, *modes), training=modes[0])
+        for ndim in ours._ndims
+        for modes in MODES
+    }
+    return found.pop() if len(found) == 1 else None
 
 
 def _is_plain(layer: nn.Module, ours: type[FusedBatchNorm]) -> bool:
