@@ -15,6 +15,7 @@ import bnext
 from bnext.modules import FusedBatchNorm
 from cases import ACTIVE, Active
 from fusing import counts
+from layers import TORCH_TAKES_BIAS
 from networks import CLOSE, Net, images, make, step
 from own_norms import UNLIKE_OURS, Lenient, NormAct, Of
 
@@ -81,7 +82,7 @@ OPTIONS: list[dict[str, Any]] = [
     {"affine": False},
     {"track_running_stats": False},
     {"momentum": 0.3, "eps": 1e-2},
-    {"bias": False},
+    *([{"bias": False}] if TORCH_TAKES_BIAS else []),
 ]
 
 
