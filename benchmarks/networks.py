@@ -1,11 +1,12 @@
-"""Whole training steps of a ResNet: torch's layers, bnext.convert, bnext.fuse, with torch.compile where asked for.
+"""Whole training steps of a network: torch's layers, bnext.convert, bnext.fuse, with torch.compile where asked for.
 
     python -m benchmarks.networks
     python -m benchmarks.networks --network resnet18 --batch 64 --dtype bfloat16 --layout channels_last
+    python -m benchmarks.networks --network timm:efficientnet_b0  # where timm is installed
     python -m benchmarks.networks --implementation torch compile fuse --json FILE
 
 A step is forward, loss and backward of all parameters, bfloat16 meaning autocast. Every implementation starts from the
-same weights; it is timed only after its loss and the gradients of the first convolution were compared with torch's. A
+same weights; it is timed only after its loss and the gradients of the first parameter were compared with torch's. A
 round times each of them once, in an order drawn anew; the result is the median of the rounds.
 
 A third of a step may go into pages that large tensors fault in anew, and how many depends on what the process did
@@ -42,7 +43,7 @@ LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channel
 IMPLEMENTATIONS: dict[str, Callable[[nn.Module, Tensor], nn.Module]] = {
     "torch": lambda network, x: network,
     "compile": lambda network, x: torch.compile(network),
-    "convert": lambda network, x: bnext.convert(network),
+    "convert": lambda network, x: bnext.convert(network, subclasses=True),
     "fuse": lambda network, x: bnext.fuse(network, x[:2]),
     "fuse_compile": lambda network, x: torch.compile(bnext.fuse(network, x[:2])),
 }
@@ -52,6 +53,31 @@ PEERS = ("torch", "compile")
 TOLERANCES = {"float32": 5e-2, "bfloat16": 0.5}
 
 
+def network_of(name: str) -> nn.Module:
+    """A ResNet of ours, or one of timm's networks, with weights drawn anew."""
+    library, _, name_there = name.rpartition(":")
+    if not library:
+        return resnet(name)
+    import timm
+
+    network: nn.Module = timm.create_model(name_there)
+    return network
+
+
+def known_network(name: str) -> str:
+    """For argparse, which shows what is wrong."""
+    if name in KINDS:
+        return name
+    try:
+        if name.startswith("timm:"):
+            with torch.device("meta"):
+                network_of(name)
+            return name
+    except (ImportError, RuntimeError) as error:  # timm's for a name that it does not know
+        raise argparse.ArgumentTypeError(f"{name}: {error}") from error
+    raise argparse.ArgumentTypeError(f"expected {', '.join(KINDS)}, or timm:NAME, but got {name}")
+
+
 class Trainer:
     """One implementation with its copy of the weights."""
 
@@ -59,7 +85,7 @@ class Trainer:
         self.name, self.x, self.dtype = name, x, getattr(torch, dtype)
         self.labels = torch.arange(len(x))
         own = copy.deepcopy(network)
-        self.first = own[0].weight
+        self.first = next(own.parameters())
         with self.autocast():
             self.network = IMPLEMENTATIONS[name](own, x)
 
@@ -85,12 +111,12 @@ class Trainer:
 def trainers(options: argparse.Namespace, dtype: str, layout: str) -> list[Trainer]:
     """Of every implementation; raises ArithmeticError where one does not compute what torch does."""
     torch.manual_seed(0)
-    network = resnet(options.network).to(memory_format=LAYOUTS[layout])
+    network = network_of(options.network).to(memory_format=LAYOUTS[layout])
     x = torch.randn(options.batch, 3, options.image, options.image).contiguous(memory_format=LAYOUTS[layout])
     # Branches that start small leave gradients that mean something after 50 layers.
     for module in network.modules():
         last = getattr(module, "bn3", getattr(module, "bn2", None))
-        if last is not None:
+        if isinstance(last, nn.modules.batchnorm._BatchNorm):
             nn.init.constant_(last.weight, 0.2)
     made = [Trainer(name, network, x, dtype) for name in ("torch", *options.implementation)]
     expected = made[0].step(), made[0].first.grad.clone()
@@ -146,7 +172,7 @@ def table(rows: dict[tuple[str, str], list[Measurement]], title: str) -> Table:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="benchmarks.networks", description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("--network", choices=KINDS, default="resnet50")
+    add("--network", type=known_network, default="resnet50", help=f"{', '.join(KINDS)}, or timm:NAME")
     add("--batch", type=int, default=32, help="images of a step, 2 at least (default: 32)")
     add("--image", type=int, default=224, help="pixels of their side (default: 224)")
     add("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES), help="bfloat16: autocast")
