@@ -57,11 +57,18 @@ def network_of(name: str) -> nn.Module:
     """A ResNet of ours, or one of timm's networks, with weights drawn anew."""
     library, _, name_there = name.rpartition(":")
     if not library:
-        return resnet(name)
+        network = resnet(name)
+        for module in (
+            network.modules()
+        ):  # branches that start small leave gradients that mean something after 50 layers
+            last = getattr(module, "bn3", getattr(module, "bn2", None))
+            if last is not None:
+                nn.init.constant_(last.weight, 0.2)
+        return network
     import timm
 
-    network: nn.Module = timm.create_model(name_there)
-    return network
+    found: nn.Module = timm.create_model(name_there)
+    return found
 
 
 def known_network(name: str) -> str:
@@ -113,11 +120,6 @@ def trainers(options: argparse.Namespace, dtype: str, layout: str) -> list[Train
     torch.manual_seed(0)
     network = network_of(options.network).to(memory_format=LAYOUTS[layout])
     x = torch.randn(options.batch, 3, options.image, options.image).contiguous(memory_format=LAYOUTS[layout])
-    # Branches that start small leave gradients that mean something after 50 layers.
-    for module in network.modules():
-        last = getattr(module, "bn3", getattr(module, "bn2", None))
-        if isinstance(last, nn.modules.batchnorm._BatchNorm):
-            nn.init.constant_(last.weight, 0.2)
     made = [Trainer(name, network, x, dtype) for name in ("torch", *options.implementation)]
     expected = made[0].step(), made[0].first.grad.clone()
     for trainer in made[1:]:
