@@ -58,9 +58,8 @@ def network_of(name: str) -> nn.Module:
     library, _, name_there = name.rpartition(":")
     if not library:
         network = resnet(name)
-        for module in (
-            network.modules()
-        ):  # branches that start small leave gradients that mean something after 50 layers
+        # Branches that start small leave gradients that mean something after 50 layers.
+        for module in network.modules():
             last = getattr(module, "bn3", getattr(module, "bn2", None))
             if last is not None:
                 nn.init.constant_(last.weight, 0.2)
