@@ -44,8 +44,8 @@ IMPLEMENTATIONS: dict[str, Callable[[nn.Module, Tensor], nn.Module]] = {
     "torch": lambda network, x: network,
     "compile": lambda network, x: torch.compile(network),
     "convert": lambda network, x: bnext.convert(network, subclasses=True),
-    "fuse": lambda network, x: bnext.fuse(network, x[:2, :, :64, :64]),  # in float64: small images do
-    "fuse_compile": lambda network, x: torch.compile(bnext.fuse(network, x[:2, :, :64, :64])),
+    "fuse": lambda network, x: fused(network, x),
+    "fuse_compile": lambda network, x: torch.compile(fused(network, x)),
 }
 PEERS = ("torch", "compile")
 # Error of the gradient relative to torch's, as Euclidean norms: wrong results are to be caught. Fifty layers enlarge a
@@ -72,16 +72,21 @@ def network_of(name: str) -> nn.Module:
 
 def known_network(name: str) -> str:
     """For argparse, which shows what is wrong."""
-    if name in KINDS:
-        return name
-    try:
-        if name.startswith("timm:"):
-            with torch.device("meta"):
-                network_of(name)
-            return name
-    except (ImportError, RuntimeError) as error:  # timm's for a name that it does not know
-        raise argparse.ArgumentTypeError(f"{name}: {error}") from error
-    raise argparse.ArgumentTypeError(f"expected {', '.join(KINDS)}, or timm:NAME, but got {name}")
+    known = name in KINDS
+    if name.startswith("timm:"):
+        try:
+            import timm
+        except (ImportError, RuntimeError) as error:  # it needs a torchvision that fits torch
+            raise argparse.ArgumentTypeError(f"expected timm to be installed for {name}: {error}") from error
+        known = timm.is_model(name.removeprefix("timm:"))
+    if not known:
+        raise argparse.ArgumentTypeError(f"expected {', '.join(KINDS)}, or timm:NAME, but got {name}")
+    return name
+
+
+def fused(network: nn.Module, x: Tensor) -> nn.Module:
+    """Of a few small images: fuse computes steps of them in float64."""
+    return bnext.fuse(network, x[:2, :, :64, :64])
 
 
 class Trainer:

@@ -112,7 +112,8 @@ def _keywords(layer: _BatchNorm, graph: fx.Graph, training: bool) -> _Keywords |
     if any(given.arguments[name] != value for name, value in expected.items()):
         return None
     counted = [node for node in graph.nodes if node.target == "add_"]
-    if [node.args for node in counted] != ([(state[_COUNTER], 1)] if tracking else []):
+    calls = [(node.args, node.kwargs) for node in counted]
+    if calls != ([((state[_COUNTER], 1), {})] if tracking else []):
         return None
     found, followed = activation_of(layer, norm)
     rest = readers_of(layer, followed[-1] if found else norm)

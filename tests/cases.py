@@ -115,22 +115,23 @@ class Active:
         """
         if z.is_cuda and z.dtype == torch.float64 and self.activation == "hardswish":
             return self.of(z.cpu()).to(z.device)
-        function = getattr(torch.nn.functional, self.activation)
-        given = () if self.activation_param is None else (self.activation_param,)
-        result: Tensor = function(z, *given)
+        function = self.function()
+        result = function(z)
         odd = z.isinf() & result.isnan()
-        return torch.where(odd, function(z.double(), *given).to(z.dtype), result) if odd.any() else result
+        return torch.where(odd, function(z.double()).to(z.dtype), result) if odd.any() else result
 
     def function(self, inplace: bool = False) -> Callable[[Tensor], Tensor]:
-        """torch's own as a network calls it."""
-        given = () if self.activation_param is None else (self.activation_param,)
+        """torch's own as a network calls it; gelu, sigmoid and tanh have none that writes over its input."""
         keywords = {"inplace": True} if inplace else {}
-        return lambda z: getattr(torch.nn.functional, self.activation)(z, *given, **keywords)
+        return lambda z: getattr(torch.nn.functional, self.activation)(z, *self._parameter, **keywords)
 
     def module(self, inplace: bool = False) -> torch.nn.Module:
-        """torch's own layer; gelu, sigmoid and tanh have none that writes over its input."""
-        given = () if self.activation_param is None else (self.activation_param,)
-        return MODULES[self.activation](*given, **({"inplace": True} if inplace else {}))
+        """torch's own layer."""
+        return MODULES[self.activation](*self._parameter, **({"inplace": True} if inplace else {}))
+
+    @property
+    def _parameter(self) -> tuple[float, ...]:
+        return () if self.activation_param is None else (self.activation_param,)
 
 
 MODULES: dict[str, type[torch.nn.Module]] = {

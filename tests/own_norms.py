@@ -1,4 +1,4 @@
-"""Batch norms of classes of somebody's own: two that compute what ours do, and those that do not."""
+"""Batch norms of classes of somebody's own: three that compute what ours do, and those that do not."""
 
 from __future__ import annotations
 

@@ -171,3 +171,14 @@ def test_no_more_than_memory_allows() -> None:
     assert limit.as_scheduled == pytest.approx(0.040 / 0.008)
     assert limit.at_least == pytest.approx(0.040 / 0.005)
     assert [found for found, _ in limits.limits(rows[1:])] == []
+
+
+@pytest.mark.parametrize("name", ["resnet51", "timm:no_such_network", "other:resnet50"])
+def test_networks_that_nobody_knows(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("rich", reason="rich is in the bench extra: make lint installs it")
+    from benchmarks import networks
+
+    with pytest.raises(SystemExit):
+        networks.main(["--network", name])
+    error = capsys.readouterr().err
+    assert "error: argument --network: expected" in error and name in error
