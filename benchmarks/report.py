@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import operator
 import statistics
 import sys
 from collections.abc import Iterable, Sequence
@@ -82,7 +83,7 @@ def summarize(rows: Sequence[Row], subject: str, peer: str) -> Summary | None:
     worst_row, worst = min(pairs, key=lambda pair: pair[1])
     return Summary(
         mean=math.exp(statistics.fmean(logs)),
-        weighted=math.exp(statistics.fmean(logs, times)),
+        weighted=math.exp(math.fsum(map(operator.mul, logs, times)) / sum(times)),
         total=total(peer) / total(subject),
         worst=worst,
         worst_shape=worst_row.case.label,

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from .attributes import has_hooks
+from .drawn_in import TakesDrawnIn
+from .fixed import EPS
 from .fused_forward import FusedForward, is_made, own_class, set_class
 from .modules import OUR_ATTRIBUTES, OURS, FusedBatchNorm, SyncBatchNorm, require_module
 from .subclasses import convert_subclasses
@@ -28,7 +30,7 @@ def is_ours(layer: nn.Module) -> bool:
 
 def _has_our_forward(layer: nn.Module) -> bool:
     """Whether it is of a class that has it before that of its own, as :func:`convert_subclasses` makes them."""
-    return isinstance(layer, FusedBatchNorm) and is_made(layer)
+    return isinstance(layer, TakesDrawnIn) and is_made(layer)
 
 
 def convert(module: Network, *, subclasses: bool = False) -> Network:
@@ -45,7 +47,8 @@ def convert(module: Network, *, subclasses: bool = False) -> Network:
             BatchNormAct2d. One whose forward is torch's function of its own state, and then one of our activations or
             nothing, gets that of ours; torch.fx tells. It is still of its own class, but its children are called no
             more, and what Python decides in its own forward is decided for good: attributes that it asks for, whether
-            there are other processes, and the number of dimensions.
+            there are other processes, and the number of dimensions. So do layers of no class of torch's that hold the
+            four vectors and compute ``x * scale + shift`` of them, as torchvision's FrozenBatchNorm2d does and DETR's.
 
     Returns:
         The same module.
@@ -168,13 +171,13 @@ def restore(module: nn.Module) -> nn.Module:
     """
     require_module(module)
     if any(
-        isinstance(part, FusedForward) and not isinstance(part, FusedBatchNorm) for part in module.modules()
+        isinstance(part, FusedForward) and not isinstance(part, TakesDrawnIn) for part in module.modules()
     ):
         raise ValueError(
             "expected a module that bnext.fuse has not made, but got one that it has: the module that was fused "
             "is still as it was and shares parameters and buffers with it; restore that"
         )
-    layers = {name: layer for name, layer in module.named_modules() if isinstance(layer, FusedBatchNorm)}
+    layers = {name: layer for name, layer in module.named_modules() if isinstance(layer, TakesDrawnIn)}
     for name, layer in layers.items():
         if type(layer) not in _TORCHS and not _has_our_forward(layer):
             raise ValueError(f"expected layers of bnext's classes, but '{name}' is a {type(layer).__name__}")
@@ -182,7 +185,7 @@ def restore(module: nn.Module) -> nn.Module:
             raise ValueError(
                 f"expected a class to go back to, but '{name}' never was a synchronized layer of it"
             )
-        if not layer.unbiased_running_var:
+        if isinstance(layer, FusedBatchNorm) and not layer.unbiased_running_var:
             raise ValueError(
                 f"expected unbiased_running_var=True, as torch's layers have it, but got False in '{name}'"
             )
@@ -201,8 +204,8 @@ def restore(module: nn.Module) -> nn.Module:
         activation, parameter = layer.activation, layer.activation_param
         as_torch_has_it: nn.Module = layer
         as_torch_has_it.__class__ = _TORCHS.get(before, before)
-        for attribute in OUR_ATTRIBUTES:
-            delattr(layer, attribute)
+        for attribute in (*OUR_ATTRIBUTES, EPS):
+            vars(layer).pop(attribute, None)
         if activation is not None and before in _TORCHS:
             stand_ins[layer] = NormActivation(layer, to_module(activation, parameter))
     for parent in [*module.modules()]:

@@ -14,6 +14,7 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_flatten, tree_map_only
 
 from . import randomness
+from .fixed import EPS
 from .fused_forward import FusedForward
 from .modules import OUR_ATTRIBUTES
 
@@ -161,7 +162,7 @@ class Behaviour:
             yield f"buffer of {name}", buffer.clone()
         for name, part in work.named_modules():
             for key, value in vars(part).items():
-                if isinstance(value, _PLAIN) and key not in (*OUR_ATTRIBUTES, *_text(part)):
+                if isinstance(value, _PLAIN) and key not in (*OUR_ATTRIBUTES, EPS, *_text(part)):
                     yield f"attribute of {name}.{key}", value
                 elif isinstance(value, Tensor) and _can_be_compared(value):
                     yield f"attribute of {name}.{key}", value.detach().clone()

@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 
 from .attributes import has_hooks
 from .conversion import is_ours
-from .modules import FusedBatchNorm
+from .drawn_in import TakesDrawnIn
 from .readers import Chain, activation_of, is_nothing, only_reader, readers_of
 
 __all__ = ["Sizes", "fuse_graph"]
@@ -52,7 +52,7 @@ def fuse_graph(graph: fx.Graph, module: nn.Module) -> bool:
     return any(drawn)
 
 
-def _draw_in(module: nn.Module, node: fx.Node, layer: FusedBatchNorm, order: dict[fx.Node, int]) -> bool:
+def _draw_in(module: nn.Module, node: fx.Node, layer: TakesDrawnIn, order: dict[fx.Node, int]) -> bool:
     """The addition and the activation after one call of a layer, where they are the same in it."""
     if layer.inplace or layer.activation is not None or has_hooks(layer):
         return False
@@ -98,10 +98,10 @@ def _residual(module: nn.Module, node: fx.Node, order: dict[fx.Node, int]) -> tu
     return other, chain
 
 
-def _norm(module: nn.Module, node: fx.Node) -> FusedBatchNorm | None:
+def _norm(module: nn.Module, node: fx.Node) -> TakesDrawnIn | None:
     """The layer of ours that a node calls, not of a subclass that may do something else."""
     called = module.get_submodule(str(node.target)) if node.op == "call_module" else None
-    return cast(FusedBatchNorm, called) if called is not None and is_ours(called) else None
+    return cast(TakesDrawnIn, called) if called is not None and is_ours(called) else None
 
 
 def _size(node: fx.Node) -> tuple[torch.Size, torch.dtype] | None:

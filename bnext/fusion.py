@@ -21,7 +21,7 @@ from .fused_graph import Sizes, fuse_graph
 from .holding import are_held
 from .modules import OURS, require_module
 from .subclasses import convert_subclasses
-from .tracing import has_norm, trace
+from .tracing import has_norm, is_norm, trace
 
 __all__ = ["fuse"]
 
@@ -161,7 +161,7 @@ def _fuse_parts(module: nn.Module, name: str, inputs: _Inputs) -> None:
         if isinstance(child, FusedForward) or not has_norm(child):
             continue
         fused = False
-        if path in inputs and not isinstance(child, nn.modules.batchnorm._BatchNorm):
+        if path in inputs and not is_norm(child):
             with suppress(Exception):  # it may need the network around it
                 fused = _fuse_whole(child, Behaviour(child, inputs[path]))
         if not fused:

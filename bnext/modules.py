@@ -5,15 +5,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch import distributed as dist
 
-from .attributes import has_hooks
+from .drawn_in import DrawnIn, TakesDrawnIn
 from .functional import batch_norm, check_activation
 from .holding import are_held
 from .sync import Running
 from .sync import batch_norm as sync_batch_norm
-from .torch_activations import apply
 
 if TYPE_CHECKING:
     from typing_extensions import Self  # typing's from Python 3.11 on
@@ -31,8 +30,6 @@ def require_module(module: object) -> None:
         raise TypeError(f"expected a torch.nn.Module, but got {type(module).__name__}")
 
 
-# What follows the normalization in a call: residual, activation, activation_param.
-_DrawnIn = tuple[Tensor | None, str | None, float | None]
 # weight, bias, running_mean, running_var, num_batches_tracked
 _State = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
@@ -47,10 +44,7 @@ OUR_ATTRIBUTES: dict[str, Any] = {  # that torch's layers lack, as they are unle
 }
 
 
-_call = nn.Module._call_impl  # by name: every small call would feel a super()
-
-
-class FusedBatchNorm(nn.modules.batchnorm._BatchNorm):
+class FusedBatchNorm(TakesDrawnIn, nn.modules.batchnorm._BatchNorm):
     """What the classes share.
 
     Every check on the input stands in the operator, before anything is touched, and forward does not look at the
@@ -106,7 +100,7 @@ class FusedBatchNorm(nn.modules.batchnorm._BatchNorm):
         return line
 
     def forward(
-        self, input: Tensor, residual: Tensor | None = None, *, drawn_in: _DrawnIn | None = None
+        self, input: Tensor, residual: Tensor | None = None, *, drawn_in: DrawnIn | None = None
     ) -> Tensor:
         """Normalises input (N, C, ...), and adds residual of the same size, dtype and device before the activation.
 
@@ -136,25 +130,6 @@ class FusedBatchNorm(nn.modules.batchnorm._BatchNorm):
             skip_nonfinite=self.skip_nonfinite,
             _ndims=self._ndims,
         )
-
-    def _follows(self, residual: Tensor | None, drawn_in: _DrawnIn | None) -> _DrawnIn:
-        if drawn_in is None or isinstance(drawn_in, fx.Proxy):  # a proxy: the layer itself is traced
-            return residual, self.activation, self.activation_param
-        if not isinstance(drawn_in, tuple) or len(drawn_in) != 3:
-            raise TypeError(
-                f"expected drawn_in (residual, activation, activation_param), but got {drawn_in!r}"
-            )
-        return drawn_in
-
-    def _call_impl(self, *args: Any, **kwargs: Any) -> Any:
-        """What torch calls a module by. Hooks see the layer by itself; what was drawn in follows them."""
-        if not kwargs or kwargs.get("drawn_in") is None or not has_hooks(self):
-            return _call(self, *args, **kwargs)
-        residual, activation, parameter = self._follows(None, kwargs.pop("drawn_in"))
-        y = _call(self, *args, **kwargs)
-        if residual is not None:
-            y = y + residual
-        return y if activation is None else apply(activation, parameter, y)
 
     def _tensors(self) -> _State:
         """Parameters and buffers. Five walks to nn.Module.__getattr__ take longer than to normalise a small batch."""
@@ -239,7 +214,7 @@ class SyncBatchNorm(FusedBatchNorm):
         self.process_group = process_group
 
     def forward(
-        self, input: Tensor, residual: Tensor | None = None, *, drawn_in: _DrawnIn | None = None
+        self, input: Tensor, residual: Tensor | None = None, *, drawn_in: DrawnIn | None = None
     ) -> Tensor:
         """As :meth:`bnext.BatchNorm1d.forward`, with statistics of all processes; see
         :func:`bnext.sync.batch_norm`, also for the errors."""

@@ -12,6 +12,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.parametrize import is_parametrized
 
 from .attributes import captured_modules
+from .drawn_in import TakesDrawnIn
+from .fixed import convert_fixed
 from .fused_forward import set_class
 from .modules import OUR_ATTRIBUTES, OURS, FusedBatchNorm
 from .readers import activation_of, readers_of
@@ -32,15 +34,18 @@ def convert_subclasses(module: nn.Module) -> bool:
     would show. That is torch's function of the layer's own state, then one of our activations or nothing, in training
     and in eval; whatever else stands in the graph of it, the layer stays. What Python decides in it is decided then.
     Its own class stays, behind ours, and so do its attributes and children, though nobody calls these any more.
+    Layers of fixed statistics that are of no class of torch's are looked at as well (fixed.py).
     """
     return any([_convert(layer) for layer in module.modules()])
 
 
 def _convert(layer: nn.Module) -> bool:
-    ours = next((ours for torchs, ours in OURS.items() if isinstance(layer, torchs)), None)
-    if ours is None or type(layer) in OURS or isinstance(layer, FusedBatchNorm):
+    if type(layer) in OURS or isinstance(layer, TakesDrawnIn):
         return False
+    ours = next((ours for torchs, ours in OURS.items() if isinstance(layer, torchs)), None)
     try:
+        if ours is None:
+            return convert_fixed(layer)
         keywords = _read(cast(_BatchNorm, layer), ours)
         if keywords is None:
             return False
@@ -65,7 +70,9 @@ def _read(layer: _BatchNorm, ours: type[FusedBatchNorm]) -> _Keywords | None:
 
 def _is_plain(layer: nn.Module, ours: type[FusedBatchNorm]) -> bool:
     """Whether its forward is that of its class, of torch's parameters and buffers, and no name means two things."""
-    added = {name for cls in (ours, FusedBatchNorm) for name in vars(cls)} - {*dir(nn.BatchNorm2d)}
+    added = {name for cls in (ours, FusedBatchNorm, TakesDrawnIn) for name in vars(cls)} - {
+        *dir(nn.BatchNorm2d)
+    }
     own = {name for name, _ in layer.named_parameters()} | {name for name, _ in layer.named_buffers()}
     return (
         takes(layer, 1)

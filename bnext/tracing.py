@@ -15,13 +15,19 @@ from torch import fx, nn
 
 from . import randomness
 from .attributes import contents, has_hooks, same
+from .drawn_in import TakesDrawnIn
 
-__all__ = ["MODES", "Proxy", "Tracer", "has_norm", "takes", "trace", "traced"]
+__all__ = ["MODES", "Proxy", "Tracer", "has_norm", "is_norm", "takes", "trace", "traced"]
 
 
 def has_norm(module: nn.Module) -> bool:
     """Whether a batch norm of any kind is in it, or it is one."""
-    return any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in module.modules())
+    return any(map(is_norm, module.modules()))
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Whether it is a batch norm itself, one of ours too."""
+    return isinstance(module, nn.modules.batchnorm._BatchNorm | TakesDrawnIn)
 
 
 def trace(module: nn.Module, inputs: int) -> fx.Graph | None:
@@ -149,7 +155,7 @@ class Tracer(fx.Tracer):
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """As the class says, and torch's modules."""
-        if isinstance(m, nn.modules.batchnorm._BatchNorm):
+        if is_norm(m):
             return True
         if has_hooks(m):
             if has_norm(m):

@@ -6,7 +6,7 @@ from collections import Counter
 
 from torch import nn
 
-from bnext.modules import FusedBatchNorm
+from bnext.drawn_in import TakesDrawnIn
 from bnext.tracing import trace
 
 
@@ -18,7 +18,7 @@ def counts(network: nn.Module) -> dict[str, int]:
     for node in graph.nodes:
         if node.op == "call_module":
             layer = network.get_submodule(node.target)
-            if isinstance(layer, FusedBatchNorm):
+            if isinstance(layer, TakesDrawnIn):
                 residual, name, _ = node.kwargs.get("drawn_in", (None, layer.activation, None))
                 found["norm" + "+add" * (residual is not None) + f"+{name}" * bool(name)] += 1
             elif isinstance(layer, nn.ReLU | nn.LeakyReLU | nn.SiLU | nn.Hardswish):

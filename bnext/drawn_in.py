@@ -1,0 +1,49 @@
+"""What follows a batch norm in its call: a residual, an activation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, fx, nn
+
+from .attributes import has_hooks
+from .torch_activations import apply
+
+__all__ = ["DrawnIn", "TakesDrawnIn", "followed"]
+
+DrawnIn = tuple[Tensor | None, str | None, float | None]  # residual, activation, activation_param
+
+
+def followed(y: Tensor, residual: Tensor | None, activation: str | None, parameter: float | None) -> Tensor:
+    """By torch's own functions."""
+    if residual is not None:
+        y = y + residual
+    return y if activation is None else apply(activation, parameter, y)
+
+
+_call: Callable[..., Any] = nn.Module._call_impl  # by name: every small call would feel a super()
+
+
+class TakesDrawnIn(nn.Module):
+    """Of layers that :func:`bnext.fuse` calls with a keyword drawn_in, in the place of what is the layer's own."""
+
+    activation: str | None
+    activation_param: float | None
+    inplace: bool
+
+    def _follows(self, residual: Tensor | None, drawn_in: DrawnIn | None) -> DrawnIn:
+        if drawn_in is None or isinstance(drawn_in, fx.Proxy):  # a proxy: the layer itself is traced
+            return residual, self.activation, self.activation_param
+        if not isinstance(drawn_in, tuple) or len(drawn_in) != 3:
+            raise TypeError(
+                f"expected drawn_in (residual, activation, activation_param), but got {drawn_in!r}"
+            )
+        return drawn_in
+
+    def _call_impl(self, *args: Any, **kwargs: Any) -> Any:
+        """What torch calls a module by. Hooks see the layer by itself; what was drawn in follows them."""
+        if not kwargs or kwargs.get("drawn_in") is None or not has_hooks(self):
+            return _call(self, *args, **kwargs)
+        what_follows = self._follows(None, kwargs.pop("drawn_in"))
+        return followed(_call(self, *args, **kwargs), *what_follows)

@@ -1,0 +1,148 @@
+"""Layers without a class of torch's that normalize by fixed statistics, as torchvision's FrozenBatchNorm2d does."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from .attributes import captured_modules
+from .drawn_in import DrawnIn, TakesDrawnIn, followed
+from .functional import batch_norm
+from .fused_forward import set_class
+from .tracing import MODES, Tracer, takes, traced
+
+__all__ = ["EPS", "FixedBatchNorm", "convert_fixed"]
+
+_TENSORS = ("running_mean", "running_var", "weight", "bias")  # in the order in which our function takes them
+EPS = "_fixed_eps"  # an attribute of layers that were converted
+
+
+class FixedBatchNorm(TakesDrawnIn):
+    """Before a class whose forward is ``x * scale + (bias - running_mean * scale)``: our function, in one pass.
+
+    What broadcasts or promotes there, and with our function would be an error or of another dtype, its own forward
+    computes.
+    """
+
+    activation = None
+    activation_param = None
+    inplace = False
+
+    def forward(
+        self, input: Tensor, residual: Tensor | None = None, *, drawn_in: DrawnIn | None = None
+    ) -> Tensor:
+        """Of (N, C, H, W), with a residual of its size and an activation as :meth:`bnext.BatchNorm2d.forward`."""
+        residual, name, parameter = self._follows(residual, drawn_in)
+        running_mean, running_var, weight, bias = state = [getattr(self, tensor) for tensor in _TENSORS]
+        if isinstance(input, fx.Proxy) or not _is_plain_call(input, state):
+            return followed(super().forward(input), residual, name, parameter)
+        return batch_norm(
+            input,
+            running_mean,
+            running_var,
+            weight,
+            bias,
+            eps=vars(self)[EPS],
+            activation=name,
+            activation_param=parameter,
+            residual=residual,
+            _ndims=(4,),
+        )
+
+
+def _is_plain_call(input: Tensor, state: list[Tensor]) -> bool:
+    return (
+        input.dim() == 4
+        and input.is_floating_point()
+        and input.shape[1] == state[0].numel()
+        and all(tensor.dtype == input.dtype and tensor.device == input.device for tensor in state)
+        and all(tensor.dim() == 1 and tensor.numel() == state[0].numel() for tensor in state)
+        and not any(tensor.requires_grad for tensor in state[:2])
+    )
+
+
+def convert_fixed(layer: nn.Module) -> bool:
+    """In place: a layer whose forward is that of fixed statistics gets the one above. Whether it is one."""
+    eps = _eps(layer) if _is_plain(layer) else None
+    if eps is None:
+        return False
+    set_class(layer, FixedBatchNorm)
+    vars(layer)[EPS] = eps
+    return True
+
+
+def _is_plain(layer: nn.Module) -> bool:
+    """Whether it has those four vectors and nothing else, and its forward is that of its class."""
+    added = {name for cls in (FixedBatchNorm, TakesDrawnIn) for name in vars(cls)} - {*dir(nn.Module)}
+    return (
+        {*layer._parameters, *layer._buffers} == {*_TENSORS}
+        and not layer._modules
+        and all(isinstance(getattr(layer, name), Tensor) for name in _TENSORS)
+        and takes(layer, 1)
+        and "forward" not in vars(layer)
+        and not captured_modules(layer)
+        and not any(hasattr(layer, name) for name in {*added, EPS})
+    )
+
+
+def _eps(layer: nn.Module) -> float | None:
+    """The eps of its forward, if that is all that it computes, in training as in eval; None if it is not."""
+    found = {_eps_of(traced(Tracer, layer, *modes)) for modes in MODES}
+    return found.pop() if len(found) == 1 else None
+
+
+def _eps_of(graph: fx.Graph) -> float | None:
+    seen: set[fx.Node] = set()
+    (output,) = (node for node in graph.nodes if node.op == "output")
+    found = _form(output.args[0], False, seen)
+    numbers = [arg for node in graph.nodes for arg in node.args if isinstance(arg, float)]
+    if {*graph.nodes} - seen != {output} or len(numbers) != 1:
+        return None
+    return numbers[0] if found in _forms(numbers[0]) else None
+
+
+def _commuting(kind: str, *operands: Any) -> tuple[Any, ...]:
+    return (kind, *sorted(operands, key=repr))
+
+
+def _forms(eps: float) -> list[Any]:
+    """The two ways in which people write it."""
+    scale = _commuting("mul", "weight", ("rsqrt", _commuting("add", "running_var", eps)))
+    shift = ("sub", "bias", _commuting("mul", "running_mean", scale))
+    centered = ("sub", "x", "running_mean")
+    return [
+        _commuting("add", _commuting("mul", "x", scale), shift),
+        _commuting("add", _commuting("mul", centered, scale), "bias"),
+    ]
+
+
+_KINDS: dict[Callable[..., Any] | str, str] = {
+    **dict.fromkeys((operator.add, torch.add, "add"), "add"),
+    **dict.fromkeys((operator.sub, torch.sub, "sub"), "sub"),
+    **dict.fromkeys((operator.mul, torch.mul, "mul"), "mul"),
+    **dict.fromkeys((torch.rsqrt, "rsqrt"), "rsqrt"),
+    **dict.fromkeys((torch.reshape, "reshape", "view"), "reshape"),
+}
+
+
+def _form(value: Any, per_channel: bool, seen: set[fx.Node]) -> Any:
+    """What a graph computes, as nested tuples: of "x", of vectors by name, per channel, and of numbers."""
+    if not isinstance(value, fx.Node):
+        return value
+    seen.add(value)
+    if value.op == "placeholder" and not per_channel:
+        return "x"
+    if value.op == "get_attr" and per_channel:
+        return str(value.target)
+    kind = _KINDS.get(value.target) if value.op in ("call_function", "call_method") else None
+    if kind is None or value.kwargs:
+        return None
+    if kind == "reshape":
+        shaped = value.args[1:] in ((1, -1, 1, 1), ((1, -1, 1, 1),), ([1, -1, 1, 1],))
+        return _form(value.args[0], True, seen) if shaped and not per_channel else None
+    operands = [_form(arg, per_channel, seen) for arg in value.args]
+    return _commuting(kind, *operands) if kind in ("add", "mul") else (kind, *operands)
