@@ -50,9 +50,9 @@ def fuse(module: Network, *example_inputs: Any) -> Network:
     globals, or to objects that its class holds, is seen only where a tensor stays there.
 
     Layers of a subclass of torch's, such as timm's BatchNormAct2d, that compute what ours do, with one of the
-    activations, get the forward of ours as :func:`bnext.convert` gives it to them where it is asked to: what their own
-    forward asks attributes for, and whether there are other processes, is decided for good, and children are not
-    called any more.
+    activations, and those of fixed statistics, such as torchvision's FrozenBatchNorm2d, get the forward of ours as
+    :func:`bnext.convert` gives it to them where it is asked to: what their own forward asks attributes for, and whether
+    there are other processes, is decided for good, and children are not called any more.
 
     Args:
         module: any module.

@@ -1,8 +1,8 @@
 """The house rules that a reader relies on, read off the sources: who may include whom, how files begin and end.
 
     bnext/   fusion -> fused_graph, equality -> conversion -> subclasses -> modules -> functional, sync -> the operators
-             (reference stands beside them and knows NumPy only; tracing, readers, fused_forward, torch_activations
-             torch only)
+             (reference stands beside them and knows NumPy only; fixed beside modules; tracing, readers, fused_forward,
+             torch_activations torch only)
     csrc/    library -> autograd, nodes, ops, phases, dense, calls, checks and whatever else is not below (tensors)
                      -> engine (devices) -> cpu/, cuda/ (loops)
                      -> plan, plan_cuda, dispatch, formulas, args, storage (plain)
