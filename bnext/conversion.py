@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TypeVar
 
 from torch import Tensor, nn
@@ -47,8 +47,9 @@ def convert(module: Network, *, subclasses: bool = False) -> Network:
             BatchNormAct2d. One whose forward is torch's function of its own state, and then one of our activations or
             nothing, gets that of ours; torch.fx tells. It is still of its own class, but its children are called no
             more, and what Python decides in its own forward is decided for good: attributes that it asks for, whether
-            there are other processes, and the number of dimensions. So do layers of no class of torch's that hold the
-            four vectors and compute ``x * scale + shift`` of them, as torchvision's FrozenBatchNorm2d does and DETR's.
+            there are other processes, and the number of dimensions. The same goes for layers of no class of torch's
+            that compute ``x * scale + shift`` of the four vectors, as torchvision's FrozenBatchNorm2d does and DETR's.
+            All of these take their input by position, and torch.jit.script takes none of them.
 
     Returns:
         The same module.
@@ -189,7 +190,7 @@ def restore(module: nn.Module) -> nn.Module:
             raise ValueError(
                 f"expected unbiased_running_var=True, as torch's layers have it, but got False in '{name}'"
             )
-        if layer.activation is None or _has_our_forward(layer):
+        if _has_our_forward(layer) or layer.activation is None:
             continue
         if has_hooks(layer):
             raise ValueError(f"expected no hooks on a layer with an activation, but '{name}' has some")
@@ -201,11 +202,15 @@ def restore(module: nn.Module) -> nn.Module:
     stand_ins: dict[nn.Module, nn.Module] = {}
     for layer in layers.values():
         before = own_class(layer)
-        activation, parameter = layer.activation, layer.activation_param
+        added: Iterable[str] = (EPS,)
+        activation = parameter = None
+        if isinstance(layer, FusedBatchNorm):
+            added = OUR_ATTRIBUTES
+            activation, parameter = layer.activation, layer.activation_param
         as_torch_has_it: nn.Module = layer
         as_torch_has_it.__class__ = _TORCHS.get(before, before)
-        for attribute in (*OUR_ATTRIBUTES, EPS):
-            vars(layer).pop(attribute, None)
+        for attribute in added:
+            delattr(layer, attribute)
         if activation is not None and before in _TORCHS:
             stand_ins[layer] = NormActivation(layer, to_module(activation, parameter))
     for parent in [*module.modules()]:

@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 from .attributes import has_hooks
 from .torch_activations import apply
 
-__all__ = ["DrawnIn", "TakesDrawnIn", "followed"]
+__all__ = ["DrawnIn", "TakesDrawnIn", "followed", "what_follows"]
 
 DrawnIn = tuple[Tensor | None, str | None, float | None]  # residual, activation, activation_param
 
@@ -25,25 +25,27 @@ def followed(y: Tensor, residual: Tensor | None, activation: str | None, paramet
 _call: Callable[..., Any] = nn.Module._call_impl  # by name: every small call would feel a super()
 
 
+def what_follows(
+    residual: Tensor | None, drawn_in: DrawnIn | None, activation: str | None, parameter: float | None
+) -> DrawnIn:
+    """What was drawn in, and if nothing was, the residual of the call and the layer's own activation."""
+    if drawn_in is None or isinstance(drawn_in, fx.Proxy):  # a proxy: the layer itself is traced
+        return residual, activation, parameter
+    if not isinstance(drawn_in, tuple) or len(drawn_in) != 3:
+        raise TypeError(f"expected drawn_in (residual, activation, activation_param), but got {drawn_in!r}")
+    return drawn_in
+
+
 class TakesDrawnIn(nn.Module):
     """Of layers that :func:`bnext.fuse` calls with a keyword drawn_in, in the place of what is the layer's own."""
 
-    activation: str | None
-    activation_param: float | None
-    inplace: bool
-
-    def _follows(self, residual: Tensor | None, drawn_in: DrawnIn | None) -> DrawnIn:
-        if drawn_in is None or isinstance(drawn_in, fx.Proxy):  # a proxy: the layer itself is traced
-            return residual, self.activation, self.activation_param
-        if not isinstance(drawn_in, tuple) or len(drawn_in) != 3:
-            raise TypeError(
-                f"expected drawn_in (residual, activation, activation_param), but got {drawn_in!r}"
-            )
-        return drawn_in
+    def _is_bare(self) -> bool:
+        """Whether something can be drawn in."""
+        return True
 
     def _call_impl(self, *args: Any, **kwargs: Any) -> Any:
         """What torch calls a module by. Hooks see the layer by itself; what was drawn in follows them."""
         if not kwargs or kwargs.get("drawn_in") is None or not has_hooks(self):
             return _call(self, *args, **kwargs)
-        what_follows = self._follows(None, kwargs.pop("drawn_in"))
-        return followed(_call(self, *args, **kwargs), *what_follows)
+        follows = what_follows(None, kwargs.pop("drawn_in"), None, None)
+        return followed(_call(self, *args, **kwargs), *follows)

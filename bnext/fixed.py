@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.autograd import forward_ad as fwAD
 
 from .attributes import captured_modules
-from .drawn_in import DrawnIn, TakesDrawnIn, followed
+from .drawn_in import DrawnIn, TakesDrawnIn, followed, what_follows
 from .functional import batch_norm
-from .fused_forward import set_class
+from .fused_forward import is_called_as, set_class
 from .tracing import MODES, Tracer, takes, traced
 
 __all__ = ["EPS", "FixedBatchNorm", "convert_fixed"]
@@ -24,21 +25,18 @@ EPS = "_fixed_eps"  # an attribute of layers that were converted
 class FixedBatchNorm(TakesDrawnIn):
     """Before a class whose forward is ``x * scale + (bias - running_mean * scale)``: our function, in one pass.
 
-    What broadcasts or promotes there, and with our function would be an error or of another dtype, its own forward
-    computes.
+    What broadcasts or promotes there, or keeps another order in memory, its own forward computes.
     """
-
-    activation = None
-    activation_param = None
-    inplace = False
 
     def forward(
         self, input: Tensor, residual: Tensor | None = None, *, drawn_in: DrawnIn | None = None
     ) -> Tensor:
         """Of (N, C, H, W), with a residual of its size and an activation as :meth:`bnext.BatchNorm2d.forward`."""
-        residual, name, parameter = self._follows(residual, drawn_in)
+        residual, name, parameter = what_follows(residual, drawn_in, None, None)
         running_mean, running_var, weight, bias = state = [getattr(self, tensor) for tensor in _TENSORS]
-        if isinstance(input, fx.Proxy) or not _is_plain_call(input, state):
+        if not _is_plain_call(input, state):
+            if isinstance(residual, fx.Proxy) and residual.node.args == (None,):  # an argument left out
+                residual = None
             return followed(super().forward(input), residual, name, parameter)
         return batch_norm(
             input,
@@ -55,14 +53,21 @@ class FixedBatchNorm(TakesDrawnIn):
 
 
 def _is_plain_call(input: Tensor, state: list[Tensor]) -> bool:
+    """Whether our function gives what the formula would, in dtype, size and order, and all its derivatives."""
     return (
-        input.dim() == 4
+        isinstance(input, Tensor)
+        and input.dim() == 4
         and input.is_floating_point()
-        and input.shape[1] == state[0].numel()
+        and input.shape[1] == state[0].numel() > 0
         and all(tensor.dtype == input.dtype and tensor.device == input.device for tensor in state)
         and all(tensor.dim() == 1 and tensor.numel() == state[0].numel() for tensor in state)
-        and not any(tensor.requires_grad for tensor in state[:2])
+        and (input.is_contiguous() or input.is_contiguous(memory_format=torch.channels_last))
+        and not any(tensor.requires_grad or _has_tangent(tensor) for tensor in state[:2])
     )
+
+
+def _has_tangent(tensor: Tensor) -> bool:
+    return fwAD._current_level >= 0 and fwAD.unpack_dual(tensor).tangent is not None  # type: ignore[no-untyped-call]
 
 
 def convert_fixed(layer: nn.Module) -> bool:
@@ -82,6 +87,7 @@ def _is_plain(layer: nn.Module) -> bool:
         {*layer._parameters, *layer._buffers} == {*_TENSORS}
         and not layer._modules
         and all(isinstance(getattr(layer, name), Tensor) for name in _TENSORS)
+        and is_called_as(layer, nn.Module)
         and takes(layer, 1)
         and "forward" not in vars(layer)
         and not captured_modules(layer)
@@ -102,22 +108,18 @@ def _eps_of(graph: fx.Graph) -> float | None:
     numbers = [arg for node in graph.nodes for arg in node.args if isinstance(arg, float)]
     if {*graph.nodes} - seen != {output} or len(numbers) != 1:
         return None
-    return numbers[0] if found in _forms(numbers[0]) else None
+    return numbers[0] if numbers[0] >= 0 and found == _formula(numbers[0]) else None
 
 
 def _commuting(kind: str, *operands: Any) -> tuple[Any, ...]:
     return (kind, *sorted(operands, key=repr))
 
 
-def _forms(eps: float) -> list[Any]:
-    """The two ways in which people write it."""
+def _formula(eps: float) -> Any:
+    """As torchvision has it."""
     scale = _commuting("mul", "weight", ("rsqrt", _commuting("add", "running_var", eps)))
     shift = ("sub", "bias", _commuting("mul", "running_mean", scale))
-    centered = ("sub", "x", "running_mean")
-    return [
-        _commuting("add", _commuting("mul", "x", scale), shift),
-        _commuting("add", _commuting("mul", centered, scale), "bias"),
-    ]
+    return _commuting("add", _commuting("mul", "x", scale), shift)
 
 
 _KINDS: dict[Callable[..., Any] | str, str] = {

@@ -10,7 +10,7 @@ from torch import fx, nn
 from torch.fx.graph_module import _format_import_block, _forward_from_src
 from torch.package.importer import sys_importer
 
-__all__ = ["FusedForward", "is_made", "own_class", "set_class", "set_forward"]
+__all__ = ["FusedForward", "is_called_as", "is_made", "own_class", "set_class", "set_forward"]
 
 
 class FusedForward:
@@ -51,6 +51,22 @@ def set_forward(module: nn.Module, graph: fx.Graph) -> None:
 def set_class(module: nn.Module, first: type[nn.Module]) -> None:
     """Gives a module the forward and the methods of a class, before those of its own."""
     module.__class__ = _fused_class(own_class(module), first)
+
+
+_WAYS = (
+    "_call_impl",
+    "__copy__",
+    "__deepcopy__",
+    "__getstate__",
+    "__reduce__",
+    "__reduce_ex__",
+    "__setstate__",
+)
+
+
+def is_called_as(module: nn.Module, base: type[nn.Module]) -> bool:
+    """Whether its class is called, copied and pickled as `base`, so that a made class may stand before it."""
+    return all(getattr(type(module), way, None) is getattr(base, way, None) for way in _WAYS)
 
 
 def is_made(module: nn.Module) -> bool:

@@ -54,7 +54,7 @@ def fuse_graph(graph: fx.Graph, module: nn.Module) -> bool:
 
 def _draw_in(module: nn.Module, node: fx.Node, layer: TakesDrawnIn, order: dict[fx.Node, int]) -> bool:
     """The addition and the activation after one call of a layer, where they are the same in it."""
-    if layer.inplace or layer.activation is not None or has_hooks(layer):
+    if not layer._is_bare() or has_hooks(layer):
         return False
     if node.kwargs or len(node.args) != 1:
         return False

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
-from .drawn_in import DrawnIn, TakesDrawnIn
+from .drawn_in import DrawnIn, TakesDrawnIn, what_follows
 from .functional import batch_norm, check_activation
 from .holding import are_held
 from .sync import Running
@@ -108,7 +108,7 @@ class FusedBatchNorm(TakesDrawnIn, nn.modules.batchnorm._BatchNorm):
         :func:`bnext.functional.batch_norm`, also for the errors. drawn_in is what :func:`bnext.fuse` gives: residual,
         activation and activation_param of this call, in the place of residual and of the layer's own.
         """
-        residual, name, parameter = self._follows(residual, drawn_in)
+        residual, name, parameter = what_follows(residual, drawn_in, self.activation, self.activation_param)
         training = self.training
         tracking = training and self.track_running_stats
         weight, bias, running_mean, running_var, counter = self._tensors()
@@ -130,6 +130,9 @@ class FusedBatchNorm(TakesDrawnIn, nn.modules.batchnorm._BatchNorm):
             skip_nonfinite=self.skip_nonfinite,
             _ndims=self._ndims,
         )
+
+    def _is_bare(self) -> bool:
+        return self.activation is None and not self.inplace
 
     def _tensors(self) -> _State:
         """Parameters and buffers. Five walks to nn.Module.__getattr__ take longer than to normalise a small batch."""
@@ -221,7 +224,7 @@ class SyncBatchNorm(FusedBatchNorm):
         group = self._group()
         if group is None:
             return super().forward(input, residual, drawn_in=drawn_in)
-        residual, name, parameter = self._follows(residual, drawn_in)
+        residual, name, parameter = what_follows(residual, drawn_in, self.activation, self.activation_param)
         weight, bias, running_mean, running_var, counter = self._tensors()
         tracking = self.track_running_stats and not are_held()
         tracked = (running_mean, running_var, counter) if tracking else (None, None, None)

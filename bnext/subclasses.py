@@ -14,7 +14,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from .attributes import captured_modules
 from .drawn_in import TakesDrawnIn
 from .fixed import convert_fixed
-from .fused_forward import set_class
+from .fused_forward import is_called_as, set_class
 from .modules import OUR_ATTRIBUTES, OURS, FusedBatchNorm
 from .readers import activation_of, readers_of
 from .tracing import MODES, Proxy, Tracer, takes, traced
@@ -75,7 +75,8 @@ def _is_plain(layer: nn.Module, ours: type[FusedBatchNorm]) -> bool:
     }
     own = {name for name, _ in layer.named_parameters()} | {name for name, _ in layer.named_buffers()}
     return (
-        takes(layer, 1)
+        is_called_as(layer, nn.BatchNorm2d)
+        and takes(layer, 1)
         and "forward" not in vars(layer)
         and not captured_modules(layer)
         and not is_parametrized(layer)

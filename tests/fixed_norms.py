@@ -44,8 +44,8 @@ class Late(Frozen):
         return torch.add(shift.view(1, -1, 1, 1), torch.mul(scale.view(1, -1, 1, 1), x))
 
 
-class Centered(Frozen):
-    """x - mean first, and parameters for weight and bias."""
+class Affine(Frozen):
+    """With parameters for weight and bias."""
 
     def __init__(self, channels: int) -> None:
         super().__init__(channels)
@@ -53,15 +53,42 @@ class Centered(Frozen):
             value = self._buffers.pop(name)
             self.register_parameter(name, nn.Parameter(value))
 
-    def forward(self, x: Tensor) -> Tensor:
-        mean, var, weight, bias = (
-            vector.reshape((1, -1, 1, 1))
-            for vector in (self.running_mean, self.running_var, self.weight, self.bias)
-        )
-        return (x - mean) * (weight * (var + self.eps).rsqrt()) + bias
+
+FIXED: dict[str, Callable[[int], Frozen]] = {"frozen": Frozen, "late": Late, "affine": Affine}
 
 
-FIXED: dict[str, Callable[[int], Frozen]] = {"frozen": Frozen, "late": Late, "centered": Centered}
+class Switched(Frozen):
+    """With an attribute that batch norms of ours have too."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels)
+        self.frozen = True
+
+    def train(self, mode: bool = True) -> Any:
+        return super().train(mode and not self.frozen)
+
+
+class Doubled(Frozen):
+    """Called otherwise than modules are."""
+
+    def _call_impl(self, *args: Any, **kwargs: Any) -> Any:
+        return 2 * super()._call_impl(*args, **kwargs)
+
+
+class Rebuilt(Frozen):
+    """Copied and pickled in a way of its own."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return dict(self.state_dict())
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(len(state["weight"]))  # type: ignore[misc]
+        self.load_state_dict(state)
+
+
+class Itself(Frozen):
+    def __deepcopy__(self, memo: Any) -> Any:
+        return self
 
 
 def by(forward: Callable[[Any, Tensor, Tensor, Tensor], Tensor], **state: Any) -> Callable[[], nn.Module]:
@@ -99,13 +126,20 @@ def counted(layer: Any, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
 UNLIKE_FIXED: dict[str, Callable[[], nn.Module]] = {
     "another vector": by(affine, gain=torch.ones(3)),
     "a child": by(affine, after=nn.Identity()),
-    "an attribute that is ours": by(affine, activation="relu"),
     "written over x": by(in_place),
     "a state that it writes to": by(counted),
     "the scale twice": by(lambda layer, x, scale, shift: x * scale * scale + shift),
     "another sign": by(lambda layer, x, scale, shift: x * scale - shift),
     "a scaled sum": by(lambda layer, x, scale, shift: torch.add(x * scale, shift, alpha=2)),
     "a number more": by(lambda layer, x, scale, shift: x * scale + shift + 1.0),
+    "centered first": by(
+        lambda layer, x, scale, shift: (
+            (x - layer.running_mean.reshape(1, -1, 1, 1)) * scale + layer.bias.reshape(1, -1, 1, 1)
+        )
+    ),
+    "a negative eps": lambda: Frozen(3, -1e-5),
+    "a call of its own": lambda: Doubled(3),
+    "a pickle of its own": lambda: Rebuilt(3),
     "an activation": by(lambda layer, x, scale, shift: (x * scale + shift).relu()),
     "columns instead of channels": by(
         lambda layer, x, scale, shift: x[..., :3] * scale.reshape(1, 1, 1, -1) + shift.reshape(1, 1, 1, -1)

@@ -19,7 +19,9 @@ def counts(network: nn.Module) -> dict[str, int]:
         if node.op == "call_module":
             layer = network.get_submodule(node.target)
             if isinstance(layer, TakesDrawnIn):
-                residual, name, _ = node.kwargs.get("drawn_in", (None, layer.activation, None))
+                residual, name, _ = node.kwargs.get(
+                    "drawn_in", (None, getattr(layer, "activation", None), None)
+                )
                 found["norm" + "+add" * (residual is not None) + f"+{name}" * bool(name)] += 1
             elif isinstance(layer, nn.ReLU | nn.LeakyReLU | nn.SiLU | nn.Hardswish):
                 found["activation"] += 1

@@ -159,6 +159,24 @@ class Without(nn.BatchNorm2d):
         return super().forward(x)
 
 
+class Doubled(nn.BatchNorm2d):
+    """Called otherwise than modules are."""
+
+    def _call_impl(self, *args: Any, **kwargs: Any) -> Any:
+        return 2 * super()._call_impl(*args, **kwargs)
+
+
+class Rebuilt(nn.BatchNorm2d):
+    """Copied and pickled in a way of its own."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return dict(self.state_dict())
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(len(state["weight"]))  # type: ignore[misc]
+        self.load_state_dict(state)
+
+
 # By what keeps them from being ours.
 UNLIKE_OURS: dict[str, Callable[[], nn.Module]] = {
     "a parameter of its own": lambda: NormAct(3, nn.PReLU()),
@@ -185,4 +203,5 @@ UNLIKE_OURS: dict[str, Callable[[], nn.Module]] = {
     "an attribute that is ours": Scaled,
     "another argument": lambda: Masked(3),
     "no gradient": lambda: Without(3),
+    "a call of its own": lambda: Doubled(3),
 }

@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 
 import bnext
 from bnext.fixed import FixedBatchNorm
-from fixed_norms import FIXED, UNLIKE_FIXED, Frozen
+from fixed_norms import FIXED, UNLIKE_FIXED, Frozen, Itself, Switched
 from fusing import counts
 from networks import CLOSE, Net, images, make, step
 
@@ -116,6 +116,8 @@ CALLS: dict[str, tuple[torch.dtype, Tensor]] = {
     "one channel": (torch.float32, torch.randn(2, 1, 4, 5)),
     "16 bits": (torch.bfloat16, torch.randn(2, 3, 4, 5, dtype=torch.bfloat16)),
     "no examples": (torch.float32, torch.randn(0, 3, 4, 5)),
+    "another order": (torch.float32, torch.randn(2, 3, 4, 5).transpose(2, 3)),
+    "gaps": (torch.float32, torch.randn(2, 3, 6, 7).to(memory_format=torch.channels_last)[..., 1:, 1:]),
 }
 
 
@@ -129,7 +131,7 @@ def test_what_it_takes(name: str) -> None:
         {"rtol": 2e-2, "atol": 2e-2} if torch.bfloat16 in (dtype, x.dtype) else {}
     )  # theirs rounds thrice
     expected = plain(x)
-    torch.testing.assert_close(layer(x), expected, **rounding)
+    torch.testing.assert_close(layer(x), expected, check_stride=True, **rounding)
     followed = torch.relu(expected + expected)
     drawn_in = layer(x, drawn_in=(expected, "relu", None))
     torch.testing.assert_close(drawn_in, followed, **rounding)
@@ -143,6 +145,38 @@ def test_gradients_where_they_are_asked_for() -> None:
     for one in (plain, layer):
         one(images()).sum().backward()
     torch.testing.assert_close(layer.running_mean.grad, plain.running_mean.grad, **CLOSE)
+    for name in ("weight", "running_mean", "running_var"):
+        vector = getattr(plain, name).detach()
+        given = [
+            torch.func.jvp(
+                lambda v, one=one, name=name: torch.func.functional_call(one, {name: v}, (images(),)),
+                (vector,),
+                (torch.ones_like(vector),),
+            )
+            for one in (layer, plain)
+        ]
+        torch.testing.assert_close(given[0], given[1], **CLOSE)
+
+
+def test_without_channels_and_what_is_no_tensor() -> None:
+    plain = of_a_kind("frozen")
+    layer = bnext.convert(copy.deepcopy(plain), subclasses=True)
+    torch.testing.assert_close(layer(2.0), plain(2.0), rtol=0, atol=0)
+    none = bnext.convert(Frozen(0), subclasses=True)
+    assert none(torch.randn(2, 0, 4, 4)).shape == (2, 0, 4, 4)
+
+
+def test_attributes_are_its_own() -> None:
+    layer = bnext.convert(Switched(3).eval(), subclasses=True)
+    assert isinstance(layer, FixedBatchNorm) and not hasattr(layer, "activation")
+    layer.activation = "relu"  # means nothing to it
+    assert layer(-torch.ones(1, 3, 1, 1)).max() < 0
+    assert bnext.restore(layer).frozen and layer.activation == "relu" and not layer.train().training
+
+
+def test_a_copy_that_is_itself_stays_in_its_mode() -> None:
+    network = nn.Sequential(Itself(3)).eval()
+    assert type(bnext.convert(network, subclasses=True)[0]) is Itself and not network[0].training
 
 
 def test_state_dicts_and_the_way_back() -> None:
@@ -174,6 +208,8 @@ def test_traced_and_compiled() -> None:
     converted = bnext.convert(network("frozen"), subclasses=True)
     expected = converted(images())
     torch.testing.assert_close(fx.symbolic_trace(converted)(images()), expected, **CLOSE)
+    alone = fx.symbolic_trace(converted.bn1)
+    torch.testing.assert_close(alone(images()), converted.bn1(images()), **CLOSE)
     compiled = torch.compile(bnext.fuse(network("frozen"), images()), fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(images()), expected, **CLOSE)
 

@@ -17,7 +17,7 @@ from cases import ACTIVE, Active
 from fusing import counts
 from layers import TORCH_TAKES_BIAS
 from networks import CLOSE, Net, images, make, step
-from own_norms import UNLIKE_OURS, Lenient, NormAct, Of
+from own_norms import UNLIKE_OURS, Lenient, NormAct, Of, Rebuilt
 
 
 def forward_of_a_block(net: Any, x: Tensor) -> Tensor:
@@ -126,6 +126,11 @@ class Holding(nn.BatchNorm2d):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.run(x)
+
+
+def test_copied_in_a_way_of_its_own() -> None:
+    layer = bnext.convert(Rebuilt(3), subclasses=True)
+    assert type(layer) is Rebuilt and type(copy.deepcopy(layer)(torch.randn(2, 3, 4, 5))) is Tensor
 
 
 def test_a_function_around_it_is_not_called() -> None:
