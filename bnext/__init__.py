@@ -17,11 +17,11 @@ require_build()
 
 from . import batching, functional, memory, reference, reference_activations
 from ._C import CudaDevice, build_info
-from .conversion import convert, restore, synchronize
 from .freezing import freeze, unfreeze
-from .fusion import fuse
 from .holding import checkpoint_contexts, hold_statistics
 from .modules import BatchNorm1d, BatchNorm2d, BatchNorm3d, SyncBatchNorm
+from .networks.conversion import convert, restore, synchronize
+from .networks.fusion import fuse
 from .planning import plan
 
 batching.register()

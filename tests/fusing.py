@@ -7,7 +7,7 @@ from collections import Counter
 from torch import nn
 
 from bnext.drawn_in import TakesDrawnIn
-from bnext.tracing import trace
+from bnext.networks.tracing import trace
 
 
 def counts(network: nn.Module) -> dict[str, int]:

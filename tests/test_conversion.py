@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import bnext
-from bnext.conversion import OUR_ATTRIBUTES, NormActivation
+from bnext.networks.conversion import OUR_ATTRIBUTES, NormActivation
 from cases import ACTIVE, Active
 from layers import CLOSE_OF_A_LAYER, Pair, every_option, every_pair, inputs, layer_step
 from networks import CLOSE, NETWORKS, Net, Unlike, every_network, images, make, step

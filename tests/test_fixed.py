@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 import bnext
-from bnext.fixed import FixedBatchNorm
+from bnext.networks.fixed import FixedBatchNorm
 from fixed_norms import FIXED, UNLIKE_FIXED, Frozen, Itself, Switched
 from fusing import counts
 from networks import CLOSE, Net, images, make, step

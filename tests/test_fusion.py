@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import bnext
-from bnext.fused_forward import FusedForward
+from bnext.networks.fused_forward import FusedForward
 from cases import ACTIVE, Active
 from fusing import counts
 from networks import CLOSE, NETWORKS, BasicBlock, Net, every_network, images, make, stack, step

@@ -16,8 +16,8 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 import bnext
-from bnext import randomness
-from bnext.fused_forward import FusedForward
+from bnext.networks import randomness
+from bnext.networks.fused_forward import FusedForward
 from fusing import counts
 from graphless import block, conv, norm
 from networks import CLOSE, NETWORKS, Net, images, make, step

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from torch.utils._pytree import register_pytree_node
 
 import bnext
-from bnext.equality import Behaviour
+from bnext.networks.equality import Behaviour
 from fusing import counts
 from graphless import NETS, block, conv, norm, with_forward
 from networks import CLOSE, Net, images, make, step

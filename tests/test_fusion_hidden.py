@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 import bnext
-from bnext.fused_forward import FusedForward
+from bnext.networks.fused_forward import FusedForward
 from fusing import counts
 from graphless import Reversal, block, conv, norm
 from networks import CLOSE, NETWORKS, Net, images, make, step

@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 import bnext
-from bnext.fused_forward import FusedForward
+from bnext.networks.fused_forward import FusedForward
 from fusing import counts
 from networks import CLOSE, BasicBlock, FunctionalBlock, Net, Unlike, images, make, step
 

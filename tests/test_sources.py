@@ -1,8 +1,8 @@
 """The house rules that a reader relies on, read off the sources: who may include whom, how files begin and end.
 
-    bnext/   fusion -> fused_graph, equality -> conversion -> subclasses -> modules -> functional, sync -> the operators
-             (reference stands beside them and knows NumPy only; fixed beside modules; tracing, readers, fused_forward,
-             torch_activations torch only)
+    bnext/   networks (fusion -> fused_graph, equality -> conversion -> subclasses, fixed)
+                     -> modules -> functional, sync -> the operators
+             (reference stands beside them and knows NumPy only; attributes and torch_activations torch only)
     csrc/    library -> autograd, nodes, ops, phases, dense, calls, checks and whatever else is not below (tensors)
                      -> engine (devices) -> cpu/, cuda/ (loops)
                      -> plan, plan_cuda, dispatch, formulas, args, storage (plain)
@@ -173,7 +173,7 @@ def test_operators_are_registered_in_one_file() -> None:
 )
 def test_few_python_files_call_the_operators(way: str, where: set[str]) -> None:
     """One the whole ones, one those for many examples, one their phases."""
-    assert {path.name for path in (ROOT / "bnext").glob("*.py") if way in path.read_text()} == where
+    assert {path.name for path in (ROOT / "bnext").rglob("*.py") if way in path.read_text()} == where
 
 
 # What each Python file of the package may import of the package. Files that are not listed are on top.
@@ -187,57 +187,58 @@ LOWER: dict[str, set[str]] = {
     "memory.py": {"._C"},
     "planning.py": {"._C", ".layouts"},
     "__main__.py": {".__version__", "._build_info", ".build_info", ".functional", ".reference"},
-    "fusion.py": {
-        ".attributes",
-        ".conversion",
-        ".equality",
-        ".fused_forward",
-        ".fused_graph",
-        ".holding",
-        ".modules",
-        ".randomness",
-        ".subclasses",
-        ".tracing",
-    },
-    "subclasses.py": {
-        ".attributes",
-        ".drawn_in",
-        ".fixed",
-        ".fused_forward",
-        ".modules",
-        ".readers",
-        ".tracing",
-    },
-    "fixed.py": {".attributes", ".drawn_in", ".functional", ".fused_forward", ".tracing"},
     "drawn_in.py": {".attributes", ".torch_activations"},
-    "readers.py": {".attributes", ".torch_activations"},
-    "equality.py": {".fixed", ".fused_forward", ".modules", ".randomness"},
-    "randomness.py": set(),
     "attributes.py": set(),
-    "fused_graph.py": {".attributes", ".conversion", ".drawn_in", ".readers"},
-    "conversion.py": {
-        ".attributes",
-        ".drawn_in",
-        ".fixed",
-        ".fused_forward",
-        ".modules",
-        ".subclasses",
-        ".torch_activations",
-    },
-    "fused_forward.py": set(),
-    "tracing.py": {".attributes", ".drawn_in", ".randomness"},
     "torch_activations.py": set(),
     "modules.py": {".drawn_in", ".functional", ".holding", ".sync"},
     "sync.py": {".layouts", ".sync_graph"},
     "layouts.py": set(),
     "sync_graph.py": {".torch_activations"},
+    "networks/fusion.py": {
+        "..attributes",
+        "..holding",
+        "..modules",
+        ".conversion",
+        ".equality",
+        ".fused_forward",
+        ".fused_graph",
+        ".randomness",
+        ".subclasses",
+        ".tracing",
+    },
+    "networks/subclasses.py": {
+        "..attributes",
+        "..drawn_in",
+        "..modules",
+        ".fixed",
+        ".fused_forward",
+        ".readers",
+        ".tracing",
+    },
+    "networks/fixed.py": {"..attributes", "..drawn_in", "..functional", ".fused_forward", ".tracing"},
+    "networks/readers.py": {"..attributes", "..torch_activations"},
+    "networks/equality.py": {"..modules", ".fixed", ".fused_forward", ".randomness"},
+    "networks/randomness.py": set(),
+    "networks/fused_graph.py": {"..attributes", "..drawn_in", ".conversion", ".readers"},
+    "networks/conversion.py": {
+        "..attributes",
+        "..drawn_in",
+        "..modules",
+        "..torch_activations",
+        ".fixed",
+        ".fused_forward",
+        ".subclasses",
+    },
+    "networks/fused_forward.py": set(),
+    "networks/tracing.py": {"..attributes", "..drawn_in", ".randomness"},
 }
 
 
 def test_every_module_has_a_layer() -> None:
     """But for the table of contents, and the check of the build before it."""
-    beside = {"__init__.py", "_build_check.py", "_build_info.py"}
-    assert {path.name for path in (ROOT / "bnext").glob("*.py")} - beside == set(LOWER)
+    package = ROOT / "bnext"
+    beside = {"__init__.py", "_build_check.py", "_build_info.py", "networks/__init__.py"}
+    assert {path.relative_to(package).as_posix() for path in package.rglob("*.py")} - beside == set(LOWER)
 
 
 @pytest.mark.parametrize("name", LOWER)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import bnext
-from bnext.conversion import NormActivation
+from bnext.networks.conversion import NormActivation
 from fusing import counts
 from networks import Unlike
 

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_flatten, tree_map_only
 
+from ..modules import OUR_ATTRIBUTES
 from . import randomness
 from .fixed import EPS
 from .fused_forward import FusedForward
-from .modules import OUR_ATTRIBUTES
 
 __all__ = ["Behaviour"]
 

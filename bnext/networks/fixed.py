@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, fx, nn
 from torch.autograd import forward_ad as fwAD
 
-from .attributes import captured_modules
-from .drawn_in import DrawnIn, TakesDrawnIn, followed, what_follows
-from .functional import batch_norm
+from ..attributes import captured_modules
+from ..drawn_in import DrawnIn, TakesDrawnIn, followed, what_follows
+from ..functional import batch_norm
 from .fused_forward import is_called_as, set_class
 from .tracing import MODES, Tracer, takes, traced
 

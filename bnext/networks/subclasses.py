@@ -11,11 +11,11 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.parametrize import is_parametrized
 
-from .attributes import captured_modules
-from .drawn_in import TakesDrawnIn
+from ..attributes import captured_modules
+from ..drawn_in import TakesDrawnIn
+from ..modules import OUR_ATTRIBUTES, OURS, FusedBatchNorm
 from .fixed import convert_fixed
 from .fused_forward import is_called_as, set_class
-from .modules import OUR_ATTRIBUTES, OURS, FusedBatchNorm
 from .readers import activation_of, readers_of
 from .tracing import MODES, Proxy, Tracer, takes, traced
 

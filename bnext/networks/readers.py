@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import fx, nn
 
-from .attributes import has_hooks
-from .torch_activations import Activation, of_call, of_module
+from ..attributes import has_hooks
+from ..torch_activations import Activation, of_call, of_module
 
 __all__ = ["Chain", "activation_of", "is_nothing", "only_reader", "readers_of"]
 

@@ -8,13 +8,13 @@ from typing import TypeVar
 from torch import Tensor, nn
 from torch import distributed as dist
 
-from .attributes import has_hooks
-from .drawn_in import TakesDrawnIn
+from ..attributes import has_hooks
+from ..drawn_in import TakesDrawnIn
+from ..modules import OUR_ATTRIBUTES, OURS, FusedBatchNorm, SyncBatchNorm, require_module
+from ..torch_activations import to_module
 from .fixed import EPS
 from .fused_forward import FusedForward, is_made, own_class, set_class
-from .modules import OUR_ATTRIBUTES, OURS, FusedBatchNorm, SyncBatchNorm, require_module
 from .subclasses import convert_subclasses
-from .torch_activations import to_module
 
 __all__ = ["NormActivation", "convert", "is_ours", "restore", "synchronize"]
 

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from ..attributes import contents, has_hooks, same
+from ..drawn_in import TakesDrawnIn
 from . import randomness
-from .attributes import contents, has_hooks, same
-from .drawn_in import TakesDrawnIn
 
 __all__ = ["MODES", "Proxy", "Tracer", "has_norm", "is_norm", "takes", "trace", "traced"]
 

@@ -12,14 +12,14 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from ..attributes import HOOKS, are_hooked, captured_modules
+from ..holding import are_held
+from ..modules import OURS, require_module
 from . import randomness
-from .attributes import HOOKS, are_hooked, captured_modules
 from .conversion import convert_classes
 from .equality import Behaviour
 from .fused_forward import FusedForward, set_forward
 from .fused_graph import Sizes, fuse_graph
-from .holding import are_held
-from .modules import OURS, require_module
 from .subclasses import convert_subclasses
 from .tracing import has_norm, is_norm, trace
 

@@ -10,9 +10,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx, nn
 
-from .attributes import has_hooks
+from ..attributes import has_hooks
+from ..drawn_in import TakesDrawnIn
 from .conversion import is_ours
-from .drawn_in import TakesDrawnIn
 from .readers import Chain, activation_of, is_nothing, only_reader, readers_of
 
 __all__ = ["Sizes", "fuse_graph"]

@@ -1,0 +1,1 @@
+"""What is done to networks that exist: another class for their batch norms, what follows drawn in, and the way back."""
