@@ -95,4 +95,7 @@ struct BackwardArgs {
   ActivationSpec activation;
 };
 
+// Whether dz is found from what stands for x.
+constexpr bool needs_input(const BackwardArgs& args) { return args.activation && args.mask == nullptr; }
+
 }  // namespace bnext

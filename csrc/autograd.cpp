@@ -38,7 +38,7 @@ ForwardResult batch_norm_autograd(const at::Tensor& x, const OptionalTensor& res
                                   std::optional<double> momentum, double eps, bool unbiased_running_var,
                                   at::IntArrayRef ndims, ActivationName activation,
                                   std::optional<double> activation_param, bool for_backward,
-                                  bool skip_nonfinite) {
+                                  bool skip_nonfinite, bool keeps_input) {
   check_differentiability(x, running_mean, running_var);
   Held<BatchNormNode> node;
   if (torch::autograd::compute_requires_grad(x, residual, weight, bias)) {
@@ -48,9 +48,10 @@ ForwardResult batch_norm_autograd(const at::Tensor& x, const OptionalTensor& res
   ForwardResult result;
   {
     at::AutoDispatchBelowADInplaceOrView below;
-    result = forward_operator().call(
-        x, residual, weight, bias, running_mean, running_var, num_batches_tracked, training, momentum, eps,
-        unbiased_running_var, ndims, activation, activation_param, for_backward || node, skip_nonfinite);
+    result = forward_operator().call(x, residual, weight, bias, running_mean, running_var,
+                                     num_batches_tracked, training, momentum, eps, unbiased_running_var,
+                                     ndims, activation, activation_param, for_backward || node,
+                                     skip_nonfinite, node ? !node->format_of_x.has_value() : keeps_input);
   }
   const auto& [y, stats, mask] = result;
   if (node) {

@@ -21,6 +21,7 @@ struct ForwardCall {
   ActivationSpec activation;
   bool for_backward;
   bool skip_nonfinite;
+  bool keeps_input = true;        // backward will have x
   bool exact_statistics = false;  // running ones are float64 beside any input
   bool alone = true;              // else one value per channel will do, as others have some
 
@@ -50,7 +51,8 @@ struct ForwardCall {
   // Bytes of the mask that backward will read; 0: none.
   template <class Size>
   Size mask_size(const Size& numel) const {
-    return for_backward && present(residual) && is_masked(activation.kind) ? mask_bytes(numel) : Size(0);
+    const bool masked = for_backward && (present(residual) || !keeps_input) && is_masked(activation.kind);
+    return masked ? mask_bytes(numel) : Size(0);
   }
 };
 
@@ -88,10 +90,12 @@ ForwardResult batch_norm(const at::Tensor& x, const OptionalTensor& residual, co
                          const OptionalTensor& running_var, const OptionalTensor& num_batches_tracked,
                          bool training, std::optional<double> momentum, double eps, bool unbiased_running_var,
                          at::IntArrayRef ndims, ActivationName activation,
-                         std::optional<double> activation_param, bool for_backward, bool skip_nonfinite) {
+                         std::optional<double> activation_param, bool for_backward, bool skip_nonfinite,
+                         bool keeps_input) {
   return Implementation({x, residual, weight, bias, running_mean, running_var, num_batches_tracked, training,
                          momentum, eps, unbiased_running_var, ndims,
-                         require_activation(activation, activation_param), for_backward, skip_nonfinite});
+                         require_activation(activation, activation_param), for_backward, skip_nonfinite,
+                         keeps_input});
 }
 
 template <at::Tensor (*Implementation)(const ForwardCall&)>

@@ -92,7 +92,8 @@ PyObject* batch_norm_direct(PyObject*, PyObject* const* args, Py_ssize_t count) 
     pybind11::gil_scoped_release no_gil;
     y = std::get<0>(forward_operator().call(
         x, residual, weight, bias, running_mean, running_var, num_batches_tracked, training, momentum, eps,
-        unbiased_running_var, ndims, activation, activation_param, for_backward, skip_nonfinite));
+        unbiased_running_var, ndims, activation, activation_param, for_backward, skip_nonfinite,
+        /*keeps_input=*/true));
   }
   return THPVariable_Wrap(std::move(y));
   END_HANDLE_TH_ERRORS

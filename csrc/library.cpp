@@ -25,14 +25,15 @@ TORCH_LIBRARY(bnext, m) {
   // that y was normalised with; for_backward (4, C), the weight (or 1) and the bias (or 0) besides. training:
   // batch statistics, running ones are updated if given; momentum None: cumulative average over
   // num_batches_tracked. ndims: the ranks allowed, any from 2 if empty. residual: added before the
-  // activation, which goes by its name in activation.h. for_backward: also the mask (see args.h) that a
-  // residual and an activation with two slopes need, else mask is empty. skip_nonfinite: where new running
-  // statistics would not be finite the old ones stay.
+  // activation, which goes by its name in activation.h. for_backward: also the mask (see args.h) that an
+  // activation with two slopes needs beside a residual, or where keeps_input is false and backward will have
+  // no x; else mask is empty. skip_nonfinite: where new running statistics would not be finite the old ones
+  // stay.
   m.def(
       "batch_norm(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, "
       "Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, bool training, float? momentum, float eps, "
       "bool unbiased_running_var, int[] ndims, str? activation, float? activation_param, bool for_backward, "
-      "bool skip_nonfinite=False) -> (Tensor y, Tensor stats, Tensor mask)",
+      "bool skip_nonfinite=False, bool keeps_input=True) -> (Tensor y, Tensor stats, Tensor mask)",
       {at::Tag::pt2_compliant_tag});
   // The same over x, with an activation that has an inverse. for_backward: refuses what a backward could not
   // recover x from.

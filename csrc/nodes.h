@@ -2,7 +2,8 @@
 //
 // What the forward keeps: x, or y where that was written over x, or neither where statistics are fixed and
 // only dy is needed; the statistics, with weight and bias as they were, for loading a state between forward
-// and backward must not disturb backward; between a residual and an activation the mask, or the residual.
+// and backward must not disturb backward; between a residual and an activation the mask, or the residual;
+// the mask, too, of an activation that would need x for nothing else.
 // Never a running buffer.
 #pragma once
 
@@ -63,8 +64,9 @@ struct BatchNormNode : torch::autograd::Node {
         training(training),
         from_output(from_output),
         activation(activation) {
-    const bool masked = present(given_residual) && is_masked(activation.spec.kind);
-    if (needs_x(input, given_weight, masked)) {
+    const bool has_mask = is_masked(activation.spec.kind), keeps_x = needs_x(input, given_weight, has_mask);
+    const bool masked = has_mask && (present(given_residual) || !keeps_x);
+    if (keeps_x) {
       if (!from_output) x = KeptInput(input, masked);
     } else {
       format_of_x = memory_format_of(input);
@@ -120,9 +122,9 @@ struct BatchNormNode : torch::autograd::Node {
   }
 
  private:
-  // Fixed statistics make of dz all but the weight's gradient.
-  bool needs_x(const Variable& input, const OptionalTensor& given_weight, bool masked) const {
-    return training || from_output || (activation.spec && !masked) ||
+  // Fixed statistics make of dz all but the weight's gradient, and a mask finds dz.
+  bool needs_x(const Variable& input, const OptionalTensor& given_weight, bool has_mask) const {
+    return training || from_output || (activation.spec && !has_mask) ||
            (bnext::present(given_weight) && given_weight->requires_grad()) || !tells_its_format(input);
   }
 

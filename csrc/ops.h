@@ -26,7 +26,7 @@ using ForwardSignature = ForwardResult(const at::Tensor& x, const OptionalTensor
                                        std::optional<double> momentum, double eps, bool unbiased_running_var,
                                        at::IntArrayRef ndims, ActivationName activation,
                                        std::optional<double> activation_param, bool for_backward,
-                                       bool skip_nonfinite);
+                                       bool skip_nonfinite, bool keeps_input);
 // Over x; returns stats.
 using InplaceSignature = at::Tensor(const at::Tensor& x, const OptionalTensor& weight,
                                     const OptionalTensor& bias, const OptionalTensor& running_mean,

@@ -64,6 +64,7 @@ ForwardResult normalize(const at::Tensor& x, const OptionalTensor& residual, con
                          require_activation(activation, activation_param),
                          for_backward,
                          /*skip_nonfinite=*/false,
+                         /*keeps_input=*/true,
                          /*exact_statistics=*/true});
 }
 

@@ -59,8 +59,7 @@ Geometry make_geometry(const Extent& extent, bool maps_only) {
 }  // namespace
 
 Traffic traffic(const Problem& problem) {
-  const int64_t residual = problem.residual, mask = problem.mask,
-                dresidual = problem.residual || problem.mask;
+  const int64_t residual = problem.residual, mask = problem.mask, dresidual = problem.dresidual;
   switch (problem.pass) {
     case Pass::forward:
       return {1, 1 + residual, 1, mask};
@@ -68,8 +67,9 @@ Traffic traffic(const Problem& problem) {
       return {0, 1 + residual, 1, mask};
     case Pass::backward:
       return {2 + residual, 2 + residual, 1 + dresidual, 2 * mask};
-    case Pass::frozen_backward:  // the reduce writes dx as it goes
-      return {2 + residual, 0, 1 + dresidual, mask};
+    case Pass::frozen_backward:
+      if (!problem.sums && !problem.from_input) return {0, 1, 1 + dresidual, mask};
+      return {2 + residual, 0, 1 + dresidual, mask};  // the reduce writes dx as it goes
     case Pass::input_grad:
       return {0, 2 + residual, 1 + dresidual, mask};
   }
@@ -175,7 +175,7 @@ Plan make_plan(const Problem& problem, const Machine& machine) {
   bool in_lines = whole_lines(e.inner);
   if (plan.geometry.traversal == Traversal::rows) {
     in_lines = whole_lines(plan.geometry.row_length());
-  } else if (plan.chunk_length % e.inner == 0 && problem.pass != Pass::frozen_backward) {
+  } else if (plan.chunk_length % e.inner == 0 && (maps_only || problem.pass != Pass::frozen_backward)) {
     // Maps walk on from one channel's run to the next; frozen backward's reducers do not.
     in_lines = whole_lines(plan.slab_channels * e.inner) && whole_lines(e.channels * e.inner);
   }

@@ -32,22 +32,30 @@ struct Problem {
   Pass pass = Pass::forward;
   bool residual = false;   // is read: forward to add it, backward to compute the activation's input again
   bool mask = false;       // is written by forward, read by backward
+  bool dresidual = false;  // backward: is written, beside dx
   bool output = true;      // forward: y is wanted
   bool sums = true;        // backward: dweight, dbias or the sums themselves are wanted
   bool input_grad = true;  // backward: dx is wanted
   bool from_input = true;  // backward: finds dz with x, not with dy and a mask alone
 
-  constexpr Problem(const Extent& of, Dtype type, Pass kind, bool with_residual, bool with_mask)
-      : extent(of), dtype(type), pass(kind), residual(with_residual), mask(with_mask) {}
+  constexpr Problem(const Extent& of, Dtype type, Pass kind, bool with_residual, bool with_mask,
+                    bool with_dresidual)
+      : extent(of),
+        dtype(type),
+        pass(kind),
+        residual(with_residual),
+        mask(with_mask),
+        dresidual(with_dresidual) {}
   Problem(const ForwardArgs& args, Pass kind)
-      : Problem(args.extent, args.dtype, kind, args.residual != nullptr, args.mask != nullptr) {
+      : Problem(args.extent, args.dtype, kind, args.residual != nullptr, args.mask != nullptr, false) {
     output = args.y != nullptr;
   }
   Problem(const BackwardArgs& args, Pass kind)
-      : Problem(args.extent, args.dtype, kind, args.residual != nullptr, args.mask != nullptr) {
+      : Problem(args.extent, args.dtype, kind, args.residual != nullptr, args.mask != nullptr,
+                args.dresidual != nullptr) {
     sums = args.dweight != nullptr || args.dbias != nullptr || args.sums_out != nullptr;
     input_grad = args.dx != nullptr;
-    from_input = args.activation && args.mask == nullptr;
+    from_input = needs_input(args);
   }
 };
 
@@ -92,7 +100,8 @@ struct Plan {
 
 Plan make_plan(const Problem& problem, const Machine& machine);
 
-// What a pass moves, in tensors, and how often the mask.
+// What a pass moves, in tensors, and how often the mask. A reduce without sums is one that finds dz from x
+// and writes dx as it goes.
 struct Traffic {
   int64_t read_by_reduce, read_by_map, written, mask_passes;
 };

@@ -53,7 +53,8 @@ Problem problem_of(const std::vector<int64_t>& shape, const std::string& dtype, 
   const Activation kind = require_activation(activation, std::nullopt).kind;
   const bool mask = residual && is_masked(kind) && (training || backward);
   const bool read = residual && (!backward || (kind != Activation::none && !mask));
-  return {extent_of(shape, order), dtype_named(dtype), pass, read, mask};
+  const bool dresidual = residual && backward && kind != Activation::none;
+  return {extent_of(shape, order), dtype_named(dtype), pass, read, mask, dresidual};
 }
 
 Plan cpu_plan(const std::vector<int64_t>& shape, const std::string& dtype, bool channels_last, bool training,

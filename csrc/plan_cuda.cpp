@@ -5,6 +5,7 @@
 #include <cmath>
 #include <numeric>
 #include <stdexcept>
+#include <utility>
 
 namespace bnext::cuda {
 namespace {
@@ -123,9 +124,8 @@ bool is_sure_to_gain(const Plan& resident, int lanes, bool aligned, const char*&
 Traffic wanted_traffic(const Problem& problem) {
   if (!problem.sums && !problem.input_grad) return {};
   Traffic tensors = traffic(problem);
-  if (problem.pass == Pass::frozen_backward && !problem.sums) {
-    tensors.read_by_map = tensors.read_by_reduce - int{!problem.from_input};
-    tensors.read_by_reduce = 0;
+  if (problem.pass == Pass::frozen_backward && !problem.sums) {  // a map finds dz from x as well
+    tensors.read_by_map += std::exchange(tensors.read_by_reduce, 0);
   }
   if (!problem.input_grad || !problem.output) {
     tensors.written = tensors.read_by_map = 0;

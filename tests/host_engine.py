@@ -89,8 +89,8 @@ class Fault:
 class HostCall:
     """Forward and, unless `backward` is False, backward of a problem whose x is dense in an order kernels know.
 
-    Forward leaves a mask where an activation has one and there is a residual, and backward uses it, unless `mask` is
-    False. An `inplace` problem has its output written over x, and backward goes by that.
+    Forward leaves a mask where an activation has one and there is a residual, or not `keeps_input`, and backward uses
+    it, unless `mask` is False. An `inplace` problem has its output written over x, and backward goes by that.
     """
 
     problem: Problem
@@ -101,6 +101,7 @@ class HostCall:
     shifts: tuple[int, int, int] = (0, 0, 0)  # elements off a boundary of 16 bytes: x, dy, outputs
     residual_shifts: tuple[int, int] = (0, 0)  # the same: residual, dresidual
     mask: bool = True
+    keeps_input: bool = True
     phases: bool = (
         False  # moments, normalize, grad_sums, input_grad as calls of their own, for a batch's statistics
     )
@@ -112,7 +113,8 @@ class HostCall:
 
     @property
     def masked(self) -> bool:
-        return self.mask and self.problem.residual is not None and self.problem.activation in MASKED
+        without_x = self.problem.residual is not None or not self.keeps_input
+        return self.mask and without_x and self.problem.activation in MASKED
 
     @property
     def wants(self) -> list[bool]:

@@ -22,7 +22,7 @@ def moments_of(x: Tensor, eps: float = 1e-5, **tensors: Tensor) -> Tensor:
 
 
 def forward_arguments(
-    problem: Problem, momentum: float | None = 0.1, for_backward: bool = False
+    problem: Problem, momentum: float | None = 0.1, for_backward: bool = False, keeps_input: bool = True
 ) -> tuple[Any, ...]:
     counter = torch.tensor(2, device=problem.x.device) if problem.batch else None
     return (
@@ -41,16 +41,20 @@ def forward_arguments(
         problem.activation,
         problem.activation_param,
         for_backward,
+        False,  # skip_nonfinite
+        keeps_input,
     )
 
 
 def inplace_arguments(problem: Problem) -> tuple[Any, ...]:
     """Over a copy of x."""
-    _, _, *others = forward_arguments(problem)
+    _, _, *others = forward_arguments(problem)[:-1]
     return problem.copied(), *others
 
 
-def backward_arguments(problem: Problem, wanted: tuple[bool, ...] = (True, True, True)) -> tuple[Any, ...]:
+def backward_arguments(
+    problem: Problem, wanted: tuple[bool, ...] = (True, True, True), keeps_input: bool = True
+) -> tuple[Any, ...]:
     """What autograd passes on: dresidual comes last in `wanted`, and may be left out."""
     p, x, residual, mask = problem, problem.x, problem.residual, None
     with torch.no_grad():
@@ -58,7 +62,7 @@ def backward_arguments(problem: Problem, wanted: tuple[bool, ...] = (True, True,
             arguments = inplace_arguments(p)
             x, stats = arguments[0], INPLACE(*arguments)
         else:
-            _, stats, mask = FORWARD(*forward_arguments(p, for_backward=True))
+            _, stats, mask = FORWARD(*forward_arguments(p, for_backward=True, keeps_input=keeps_input))
     if mask is not None and not mask.numel():
         mask = None
     if mask is not None or p.activation is None:

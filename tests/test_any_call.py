@@ -52,9 +52,17 @@ def copies(*tensors: Tensor | None) -> list[Tensor]:
     activation=activations,
     activation_param=st.sampled_from([None, None, 0.1, math.nan]),
     for_backward=st.booleans(),
+    keeps_input=st.booleans(),
 )
 def test_any_call_of_the_forward_operator(
-    x: Tensor, residual: Any, tensors: Any, counter: Any, training: bool, for_backward: bool, **scalars: Any
+    x: Tensor,
+    residual: Any,
+    tensors: Any,
+    counter: Any,
+    training: bool,
+    for_backward: bool,
+    keeps_input: bool,
+    **scalars: Any,
 ) -> None:
     """A result of the right shape, or a refusal that has touched nothing."""
     residual = x + 1 if isinstance(residual, str) else residual
@@ -79,6 +87,7 @@ def test_any_call_of_the_forward_operator(
             scalars["activation"],
             scalars["activation_param"],
             for_backward,
+            keeps_input=keeps_input,
         )
     except REFUSALS:
         for one, other in zip(before, copies(mean, var, counter), strict=True):
@@ -86,9 +95,8 @@ def test_any_call_of_the_forward_operator(
     else:
         assert y.shape == x.shape
         assert stats.shape == (4 if for_backward else 2, x.shape[1])
-        masked = (
-            for_backward and residual is not None and scalars["activation"] in ("relu", "leaky_relu", "relu6")
-        )
+        without_x = residual is not None or not keeps_input
+        masked = for_backward and without_x and scalars["activation"] in ("relu", "leaky_relu", "relu6")
         assert mask.shape == (x.numel() // 32 * 4 + 8 if masked else 0,)
 
 

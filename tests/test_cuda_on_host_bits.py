@@ -11,6 +11,7 @@ from torch import Tensor
 
 import host_engine
 from cases import DTYPES, LAYOUT, MODES, TRAIN, Active, Dtypes, Mode
+from host_checks import run_and_check
 from host_engine import SMALL, HostCall, Result, Schedule
 from problem import joined, make_active
 from resident_cases import ALONE, IN_TURNS, SHARED, every_kept
@@ -62,3 +63,20 @@ def test_a_mask_costs_no_bit(dtypes: Dtypes, active: Active, mode: Mode) -> None
         problem = joined(active, shape, name, dtypes, mode)
         by_mask, found = host_engine.run([HostCall(problem, mask=mask) for mask in (True, False)])
         assert_same(by_mask, found, ("y", "stats", "dx", "dweight", "dbias", "dresidual"), (shape, name))
+
+
+@every_mode
+@pytest.mark.parametrize("active", [RELU, Active("leaky_relu", 0.25), Active("relu6")], ids=str)
+@every_dtype
+def test_a_mask_in_place_of_the_input_costs_no_bit(dtypes: Dtypes, active: Active, mode: Mode) -> None:
+    """Without a residual; where statistics are fixed and the weight's gradient is not wanted nothing else reads x."""
+    for shape, name in SMALL + ROWS:
+        problem = make_active(active, shape, LAYOUT[name], dtypes, mode)
+        for wanted, grads in (
+            ((True, True, True), ("dx", "dweight", "dbias")),
+            ((True, False, False), ("dx",)),
+        ):
+            by_mask, found = run_and_check(
+                [HostCall(problem, wanted=wanted, keeps_input=keeps) for keeps in (False, True)]
+            )
+            assert_same(by_mask, found, ("y", "stats", *grads), (shape, name))

@@ -1,4 +1,5 @@
-"""The mask a residual leaves for backward: its size, its bits, and the same of them for any number of threads."""
+"""The mask forward leaves for backward, beside a residual or in place of x: its size, its bits, and the same for any
+number of threads."""
 
 from __future__ import annotations
 
@@ -39,11 +40,13 @@ from problem import Problem, make_active
 MASKED = [Active("relu"), Active("leaky_relu"), Active("relu6")]
 OTHERS = [None, *(Active(name) for name in ACTIVATIONS if name not in ("relu", "leaky_relu", "relu6"))]
 every_masked = pytest.mark.parametrize("active", MASKED, ids=str)
+joined_or_alone = pytest.mark.parametrize("joined", [True, False], ids=["residual", "alone"])
 
 
 def masked(problem: Problem) -> tuple[Tensor, Tensor]:
     """y and the mask."""
-    y, _, mask = FORWARD(*forward_arguments(problem, for_backward=True))
+    keeps_input = problem.residual is not None
+    y, _, mask = FORWARD(*forward_arguments(problem, for_backward=True, keeps_input=keeps_input))
     assert mask.shape == (y.numel() // 32 * 4 + 8,)
     assert mask.dtype == torch.uint8 and mask.device == y.device
     return y, mask
@@ -71,23 +74,47 @@ def check_bits(problem: Problem) -> None:
         )
 
 
+@joined_or_alone
 @every_masked
 @pytest.mark.parametrize("mode", MODES, ids=str)
 @pytest.mark.parametrize("dtypes", DTYPES, ids=str)
 @pytest.mark.parametrize("layout", KEPT_LAYOUTS, ids=str)
-def test_bits(layout: Layout, dtypes: Dtypes, mode: Mode, active: Active, device: str) -> None:
+def test_bits(layout: Layout, dtypes: Dtypes, mode: Mode, active: Active, joined: bool, device: str) -> None:
     shape = SHAPE_OF_RANK[layout.rank]
-    check_bits(make_active(active, shape, layout, dtypes, mode, device=device, residual=layout))
+    residual = layout if joined else None
+    check_bits(make_active(active, shape, layout, dtypes, mode, device=device, residual=residual))
 
 
+@joined_or_alone
 @every_masked
 @pytest.mark.parametrize("dtypes", [FLOAT32, FLOAT64, BFLOAT16_WITH_FLOAT32], ids=str)
 @pytest.mark.parametrize("mode", [TRAIN, EVAL], ids=str)
-def test_bits_of_words_that_are_shared(mode: Mode, dtypes: Dtypes, active: Active, device: str) -> None:
+def test_bits_of_words_that_are_shared(
+    mode: Mode, dtypes: Dtypes, active: Active, joined: bool, device: str
+) -> None:
     """Channels, planes and tiles that end within a byte."""
     for name, shape in itertools.chain(*MASK_SIZES.values()):
         layout = LAYOUT[name]
-        check_bits(make_active(active, shape, layout, dtypes, mode, device=device, residual=layout))
+        residual = layout if joined else None
+        check_bits(make_active(active, shape, layout, dtypes, mode, device=device, residual=residual))
+
+
+@every_masked
+@pytest.mark.parametrize("mode", [TRAIN, EVAL], ids=str)
+@pytest.mark.parametrize("dtypes", DTYPES, ids=str)
+def test_tells_what_the_input_does(dtypes: Dtypes, mode: Mode, active: Active, device: str) -> None:
+    """Bit for bit, whatever is asked for. With fixed statistics the weight's gradient alone takes x besides."""
+    shapes = [(layout.name, SHAPE_OF_RANK[layout.rank]) for layout in KEPT_LAYOUTS]
+    for name, shape in [*shapes, *itertools.chain(*MASK_SIZES.values())]:
+        problem = make_active(active, shape, LAYOUT[name], dtypes, mode, device=device)
+        for wanted in ((True, True, True), (True, False, True), (True, False, False), (False, False, True)):
+            found = BACKWARD(*backward_arguments(problem, wanted))
+            dy, x, *others = backward_arguments(problem, wanted, keeps_input=False)
+            assert others[1] is not None
+            needed = mode.batch or wanted[1]
+            by_mask = BACKWARD(dy, x if needed else torch.full_like(x, float("nan")), *others)
+            for one, other in zip(by_mask, found, strict=True):
+                assert torch.equal(one, other)
 
 
 THREADED = [
@@ -120,15 +147,16 @@ def test_any_number_of_threads(
 
 @pytest.mark.parametrize("active", [*MASKED, *OTHERS], ids=str)
 def test_none_where_it_is_not_needed(active: Active | None, device: str) -> None:
-    """Without a residual, without a backward, and for activations that one bit does not tell the slope of."""
+    """Where x is kept without a residual, without a backward, and for activations that one bit does not tell of."""
     problem = make_active(
         active, (3, 5, 4, 5), LAYOUT["nhwc"], FLOAT32, TRAIN, device=device, residual=LAYOUT["nhwc"]
     )
     _, _, mask = FORWARD(*forward_arguments(problem))
     assert mask.shape == (0,) and mask.dtype == torch.uint8
     if active not in MASKED:
-        _, _, mask = FORWARD(*forward_arguments(problem, for_backward=True))
-        assert mask.shape == (0,)
+        for keeps_input in (True, False):
+            _, _, mask = FORWARD(*forward_arguments(problem, for_backward=True, keeps_input=keeps_input))
+            assert mask.shape == (0,)
     problem.residual = None
     _, _, mask = FORWARD(*forward_arguments(problem, for_backward=True))
     assert mask.shape == (0,)

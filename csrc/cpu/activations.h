@@ -124,6 +124,27 @@ struct MaskSlope : ReadsNoMore {
   }
 };
 
+// By the mask of any that has one.
+template <class T>
+struct AnyMaskSlope : ReadsNoMore {
+  using A = opmath_t<T>;
+  static constexpr bool kActive = true, kFromInput = false, kResidual = true;
+  Activation kind;
+  A param;
+  const void* mask;
+
+  explicit AnyMaskSlope(const Operands& operands)
+      : kind(operands.activation.kind),
+        param(static_cast<A>(operands.activation.param)),
+        mask(operands.mask_read) {}
+  template <class Span>
+  BNEXT_INLINE void apply(Span span, int64_t offset, Lanes<A>& dy) const {
+    const Lanes<A> blocked = generate<A>(
+        [&](auto i) __attribute__((always_inline)) { return blocked_grad(kind, param, dy.part[i.value]); });
+    dy = select<T>(read_bits(mask, span.begin(offset)), dy, blocked);
+  }
+};
+
 // By what is at hand, for any activation: a mask, the output in the place of x, or x and perhaps a residual.
 template <class T>
 struct CalledSlope {
@@ -132,14 +153,14 @@ struct CalledSlope {
   Activation kind;
   A param;
   bool from_output;
-  const void* mask;
+  AnyMaskSlope<T> by_mask;
   const T* residual;
 
   explicit CalledSlope(const Operands& operands)
       : kind(operands.activation.kind),
         param(static_cast<A>(operands.activation.param)),
         from_output(operands.from_output),
-        mask(operands.mask_read),
+        by_mask(operands),
         residual(static_cast<const T*>(operands.residual)) {}
   int reads() const { return residual != nullptr; }
   template <Cache C>
@@ -148,10 +169,8 @@ struct CalledSlope {
   }
   template <class Span>
   BNEXT_INLINE void apply(Span span, int64_t offset, Lanes<A>& dy, Lanes<A>& value, Lanes<A> z) const {
-    if (mask != nullptr) {
-      const Lanes<A> blocked = generate<A>(
-          [&](auto i) __attribute__((always_inline)) { return blocked_grad(kind, param, dy.part[i.value]); });
-      dy = select<T>(read_bits(mask, span.begin(offset)), dy, blocked);
+    if (by_mask.mask != nullptr) {
+      by_mask.apply(span, offset, dy);
     } else if (from_output) {
       call_from_output<T>(kind, param, dy, value);
     } else {

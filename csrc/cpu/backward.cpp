@@ -27,7 +27,7 @@ struct BackwardWork {
         slope(slope_of(args)),
         sums_wanted(args.sums_in == nullptr && (args.dweight != nullptr || args.dbias != nullptr ||
                                                 args.sums_out != nullptr || args.batch_statistics)),
-        at_once(!args.batch_statistics && args.dx != nullptr && (sums_wanted || slope != SlopeClass::none)),
+        at_once(!args.batch_statistics && args.dx != nullptr && (sums_wanted || needs_input(args))),
         center(args.from_output ? new double[args.extent.channels] : nullptr),
         coefficients(args.dx != nullptr || args.activation ? new std::byte[kMaxCoefficients * stride()]
                                                            : nullptr),

@@ -42,7 +42,9 @@ struct ForwardWork {
                 .dtype = args.dtype,
                 .traversal = plan.geometry.traversal,
                 .activation = class_of(args.activation),
-                .residual = args.residual != nullptr});
+                .beside = args.residual != nullptr ? Beside::residual
+                          : args.mask != nullptr   ? Beside::mask
+                                                   : Beside::nothing});
   }
 
   void prepare(int64_t begin, int64_t end) const { folds.find_centers(vectors, begin, end); }

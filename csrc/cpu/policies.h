@@ -1,69 +1,7 @@
 // What happens to sixteen elements: reducers and maps, templates over the storage type.
 //
-// Included once per instruction set (see vector.h). A step takes the element offset and its Span says how
-// many lanes count: Full, or First{n} where fewer than sixteen elements are left, and how results are stored.
-
-// begin(offset): the element of the first lane. count() elements are new; fresh(bits) are their bits.
-struct Full {
-  bool streaming = false;  // results go past the cache
-
-  BNEXT_INLINE int64_t begin(int64_t offset) const { return offset; }
-  BNEXT_INLINE int count() const { return kLanes; }
-  BNEXT_INLINE uint32_t fresh(uint32_t bits) const { return bits; }
-  template <class A, class T>
-  BNEXT_INLINE Lanes<A> load_lanes(const T* p) const {
-    return load<A>(p);
-  }
-  template <class T, class A>
-  BNEXT_INLINE Lanes<A> keep(const Lanes<A>& v) const {
-    return v;
-  }
-  template <class A, class T>
-  BNEXT_INLINE void store_lanes(T* p, const Lanes<A>& v) const {
-    store(p, v, streaming);
-  }
-};
-
-struct First {
-  int64_t n;
-  bool readable;  // sixteen elements may be read
-
-  BNEXT_INLINE int64_t begin(int64_t offset) const { return offset; }
-  BNEXT_INLINE int count() const { return static_cast<int>(n); }
-  BNEXT_INLINE uint32_t fresh(uint32_t bits) const { return bits & ((1u << n) - 1); }
-  template <class A, class T>
-  BNEXT_INLINE Lanes<A> load_lanes(const T* p) const {
-    return load_first<A>(p, n, readable);
-  }
-  template <class T, class A>
-  BNEXT_INLINE Lanes<A> keep(const Lanes<A>& v) const {
-    return keep_first<T>(v, n);
-  }
-  template <class A, class T>
-  BNEXT_INLINE void store_lanes(T* p, const Lanes<A>& v) const {
-    store_first(p, v, n);
-  }
-};
-
-// The n elements that are left of sixteen or more, of reducers alone: the sixteen that end with them, most of
-// which were seen before. What a reducer writes (dx) it writes once more.
-struct Last {
-  int64_t n;
-
-  BNEXT_INLINE int64_t begin(int64_t offset) const { return offset + n - kLanes; }
-  template <class A, class T>
-  BNEXT_INLINE Lanes<A> load_lanes(const T* p) const {
-    return load<A>(p + n - kLanes);
-  }
-  template <class T, class A>
-  BNEXT_INLINE Lanes<A> keep(const Lanes<A>& v) const {
-    return keep_last<T>(v, n);
-  }
-  template <class A, class T>
-  BNEXT_INLINE void store_lanes(T* p, const Lanes<A>& v) const {
-    store(p + n - kLanes, v);
-  }
-};
+// Included once per instruction set (see vector.h), after spans.h. A step takes the element offset and its
+// Span.
 
 template <class A>
 struct LaneSums {
@@ -213,11 +151,12 @@ struct GradSumsReducer {
 // Bits writes what a map has of a mask; seek(offset) comes before the steps of a run. fetch_at(reduced,
 // mapped): what a reducer reads, at one offset; what the map alone reads, at the other.
 
-template <class T, class Act, bool Added>
+template <class T, class Act, Beside kBeside>
 struct NormalizeMap {
   using Storage = T;
   using Math = opmath_t<T>;
-  using Bits = std::conditional_t<Added && Act::kActive, BitWriter, NoBits>;
+  static constexpr bool kMasked = Act::kActive && kBeside != Beside::nothing;
+  using Bits = std::conditional_t<kMasked, BitWriter, NoBits>;
   static constexpr int kCoefficients = 3;
   const T* x;
   const T* residual;
@@ -234,14 +173,14 @@ struct NormalizeMap {
     fetch(x + reduced);
     if (added()) fetch(residual + mapped);
   }
-  BNEXT_INLINE bool added() const { return Act::kAny ? residual != nullptr : Added; }
+  BNEXT_INLINE bool added() const { return Act::kAny ? residual != nullptr : kBeside == Beside::residual; }
 
   template <class Span>
   BNEXT_INLINE void step(Bits& bits, int64_t offset, const Coefficients<Math, kCoefficients>& c,
                          Span span) const {
     Lanes<Math> z = normalize(span.template load_lanes<Math>(x + offset), c.k[0], c.k[1], c.k[2]);
     if (added()) z = z + span.template load_lanes<Math>(residual + offset);
-    if constexpr (Added && Act::kActive) {
+    if constexpr (kMasked) {
       if (bits.wanted()) bits.append(span.fresh(act.passes(z)), span.count());
     }
     span.store_lanes(y + offset, act.value(z));
@@ -269,8 +208,8 @@ struct InputGradMap {
   }
 };
 
-// dx with fixed statistics and no activation, where no sums are wanted.
-template <class T>
+// dx with fixed statistics, where no sums are wanted and dz is found without x.
+template <class T, class Slope>
 struct ScaleMap {
   using Storage = T;
   using Math = opmath_t<T>;
@@ -278,14 +217,24 @@ struct ScaleMap {
   static constexpr int kCoefficients = 1;
   const T* dy;
   T* dx;
+  T* dresidual;
+  Slope slope;
 
   explicit ScaleMap(const Operands& operands)
-      : dy(static_cast<const T*>(operands.dy)), dx(static_cast<T*>(operands.out)) {}
+      : dy(static_cast<const T*>(operands.dy)),
+        dx(static_cast<T*>(operands.out)),
+        dresidual(static_cast<T*>(operands.dresidual)),
+        slope(operands) {}
 
   BNEXT_INLINE void fetch_at(int64_t, int64_t mapped) const { fetch(dy + mapped); }
 
   template <class Span>
   BNEXT_INLINE void step(Bits&, int64_t offset, const Coefficients<Math, 1>& c, Span span) const {
-    span.store_lanes(dx + offset, fixed_input_grad(span.template load_lanes<Math>(dy + offset), c.k[0]));
+    Lanes<Math> dz = span.template load_lanes<Math>(dy + offset);
+    if constexpr (Slope::kActive) slope.apply(span, offset, dz);
+    span.store_lanes(dx + offset, fixed_input_grad(dz, c.k[0]));
+    if constexpr (Slope::kResidual) {
+      if (dresidual != nullptr) span.store_lanes(dresidual + offset, dz);
+    }
   }
 };

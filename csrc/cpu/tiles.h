@@ -54,11 +54,14 @@ struct Operands {
 // scratch_bytes.
 using TileFunction = void (*)(const Operands&, const Geometry&, const Tile&, void* scratch, Sums* sums);
 
-// With fixed statistics dx comes with the sums, or, without sums and activation, from dy alone.
+// With fixed statistics dx comes with the sums, or, without sums, from dy and perhaps a mask alone.
 enum class Phase : uint8_t { moments, normalize, grad_sums, input_grad, grad_sums_and_input_grad, scale };
 
 // Activations as forward tiles know them: relu is compiled into the loops, the others are called.
 enum class ActivationClass : uint8_t { none, relu, called };
+
+// What the activation's input has besides x, and backward a bit of.
+enum class Beside : uint8_t { nothing, mask, residual };
 
 // Where dz comes from: dy alone; z of relu; the mask of what blocks all; anything, by tests and calls.
 enum class SlopeClass : uint8_t { none, relu, mask, called };
@@ -68,7 +71,7 @@ struct Kernel {
   Dtype dtype;
   Traversal traversal;
   ActivationClass activation = ActivationClass::none;  // of normalize
-  bool residual = false;                               // of normalize; those that call do not ask
+  Beside beside = Beside::nothing;                     // of normalize; those that call do not ask
   SlopeClass slope = SlopeClass::none;                 // of backward
 };
 
