@@ -106,7 +106,7 @@ def _undisturbed() -> Iterator[None]:
 def measure(case: Case, subjects: Sequence[Subject], rounds: int, budget: float) -> list[Measurement]:
     """At least `rounds` rounds, and more until `budget` seconds are spent on this case."""
     results = {subject.name: Measurement(subject.name) for subject in subjects}
-    with torch.set_grad_enabled(case.operation != "eval"):
+    with torch.set_grad_enabled(case.learns):
         clocks = [(_Clock(subject, case.operation), results[subject.name]) for subject in subjects]
         order = random.Random(0)
         with _undisturbed():
@@ -126,13 +126,13 @@ def _results(subject: Subject, case: Case) -> dict[str, Tensor]:
     """Every result of one call on a fresh module, as strided tensors."""
     if subject.module is None:
         return {"y": _forward(subject)}
-    with torch.set_grad_enabled(case.operation != "eval"):
+    with torch.set_grad_enabled(case.learns):
         y = _forward(subject)
         results = {"y": subject.dense(y.detach())}
-        if case.operation != "eval":
-            *of_inputs, dweight, dbias = _gradients(subject, y)
-            results |= zip(OF_INPUTS, map(subject.dense, of_inputs), strict=False)
-            results |= {"dweight": dweight, "dbias": dbias}
+        if case.learns:
+            gradients, count = _gradients(subject, y), len(subject.inputs)
+            results |= zip(OF_INPUTS, map(subject.dense, gradients[:count]), strict=False)
+            results |= zip(("dweight", "dbias"), gradients[count:], strict=False)
             results |= {
                 name.rpartition(".")[2]: buffer.clone()  # torch's layer may be the first of two
                 for name, buffer in subject.module.named_buffers()
@@ -146,7 +146,7 @@ def settled(case: Case, data: Data) -> Data:
 
     There another rounding takes the other slope, a sum of two 16-bit tensors for one, and sums over a channel show it.
     """
-    if case.activation is None or case.operation == "eval":
+    if case.activation is None or not case.learns:
         return data
     plain = eager_module(case, dtype=torch.float64, activated=False).to(data.x.device)
     with torch.no_grad():
@@ -158,8 +158,7 @@ def settled(case: Case, data: Data) -> Data:
 def reference(case: Case, data: Data) -> dict[str, Tensor]:
     """The results of torch's layer in float64."""
     module = eager_module(case, dtype=torch.float64).to(data.x.device)
-    learns = case.operation != "eval"
-    wide = tuple(tensor.detach().double().requires_grad_(learns) for tensor in data.inputs)
+    wide = tuple(tensor.detach().double().requires_grad_(case.learns) for tensor in data.inputs)
     return _results(Subject("reference", module, wide, data.dy.double(), module), case)
 
 

@@ -58,9 +58,9 @@ class Subject:
 
     @property
     def wanted(self) -> tuple[Tensor, ...]:
-        """What a training step differentiates by: x, residual, weight, bias."""
+        """What a training step differentiates by: x, residual, weight, bias, the latter unless they are frozen."""
         assert self.module is not None
-        return (*self.inputs, *self.module.parameters())
+        return (*self.inputs, *(p for p in self.module.parameters() if p.requires_grad))
 
 
 class ResidualLayer(nn.Module):
@@ -101,7 +101,7 @@ def _fill(module: nn.Module, case: Case) -> nn.Module:
             if tensor.is_floating_point():
                 value = torch.rand(tensor.shape, generator=generator)
                 tensor.copy_(value + 0.5 if name.endswith(("weight", "running_var")) else value - 0.5)
-    return module.train(case.operation != "eval")
+    return module.train(case.training).requires_grad_(case.operation != "frozen")
 
 
 def norm_module(case: Case, rank: int | None = None, dtype: torch.dtype | None = None) -> nn.Module:
@@ -128,16 +128,18 @@ def scheduled_bytes(case: Case) -> int | None:
         import bnext
     except ImportError:
         return None
-    passes = {"forward": (False,), "backward": (True,), "step": (False, True), "eval": (False,)}
+    both = (False, True)
+    passes = {"forward": (False,), "backward": (True,), "step": both, "eval": (False,), "frozen": both}
     return sum(
         bnext.plan(
             case.shape,
             case.torch_dtype,
             case.layout,
-            training=case.operation != "eval",
+            training=case.training,
             backward=backward,
             residual=case.residual,
             activation=case.activation,
+            frozen=case.operation == "frozen",
         ).bytes_moved
         for backward in passes[case.operation]
     )
@@ -204,6 +206,8 @@ def _onednn_blocked(case: Case, data: Data) -> Subject:
 
 
 def _require_onednn(case: Case) -> None:
+    if case.operation == "frozen":
+        raise Unsupported("torch's batch norm on mkldnn tensors has a backward in training alone")
     if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         raise Unsupported("torch was built without oneDNN")
     if case.dtype not in ("float32", "bfloat16"):
@@ -237,6 +241,5 @@ def build(name: str, case: Case, data: Data) -> Subject:
     """The implementation on the case's data; raises Unsupported. Tensors are shared where formats allow."""
     subject = IMPLEMENTATIONS[name](case, data)
     if subject.module is not None:
-        learns = case.operation != "eval"
-        subject.inputs = tuple(tensor.detach().requires_grad_(learns) for tensor in subject.inputs)
+        subject.inputs = tuple(tensor.detach().requires_grad_(case.learns) for tensor in subject.inputs)
     return subject

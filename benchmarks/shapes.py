@@ -83,7 +83,8 @@ LISTS: dict[str, tuple[tuple[Shape, int], ...]] = {
     "growth_nc": tuple(((64 * 4**k, 256), 1) for k in range(6)),
 }
 
-OPERATIONS = ("forward", "backward", "step", "eval")
+# step: forward and backward in training; frozen: both with fixed statistics, for the gradients of the inputs alone.
+OPERATIONS = ("forward", "backward", "step", "eval", "frozen")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 LAYOUTS = ("contiguous", "channels_last")
 # Activations whose gradient one bit tells: with a residual, forward leaves a mask instead of backward reading it again.
@@ -116,13 +117,17 @@ class Variant:
         """What no schedule of one fused call avoids, forward: x, y; backward: x, dy, dx. The activation is free.
 
         With a residual, forward reads it. If an activation follows, backward writes the residual's gradient, and reads
-        the mask, or the residual where there is none. A training step is both passes; only inference leaves no mask.
+        the mask, or the residual where there is none. A training step is both passes; only inference leaves no mask. A
+        frozen layer's backward has no use for x but to find an activation's slope, which a mask tells too.
         """
         activated = self.residual and self.activation is not None
-        masked = activated and self.activation in MASKED
+        has_mask = self.activation in MASKED
+        masked = self.residual and has_mask
         forward = Traffic(2 + self.residual, int(masked))
         backward = Traffic(3 + activated + (activated and not masked), int(masked))
-        every = (forward, backward, forward + backward, Traffic(forward.tensors))
+        needs_x = self.activation is not None and not has_mask
+        frozen = Traffic(2 + self.residual + 2 + activated + needs_x * (1 + self.residual), 2 * has_mask)
+        every = (forward, backward, forward + backward, Traffic(forward.tensors), frozen)
         return dict(zip(OPERATIONS, every, strict=True))[operation]
 
 
@@ -150,6 +155,16 @@ class Case:
         dtype = getattr(torch, self.dtype)
         assert isinstance(dtype, torch.dtype)
         return dtype
+
+    @property
+    def training(self) -> bool:
+        """With the batch's statistics."""
+        return self.operation not in ("eval", "frozen")
+
+    @property
+    def learns(self) -> bool:
+        """Something is differentiated: the inputs and, in training, the parameters."""
+        return self.operation != "eval"
 
     @property
     def activation(self) -> str | None:

@@ -171,6 +171,7 @@ def plan(
     threads: int | None,
     residual: bool,
     activation: str | None,
+    frozen: bool,
 ) -> Plan: ...
 def cuda_plan(
     shape: list[int],
@@ -181,6 +182,7 @@ def cuda_plan(
     device: CudaDevice,
     residual: bool,
     activation: str | None,
+    frozen: bool,
     engine: str,
 ) -> CudaPlan: ...
 def cuda_device(index: int) -> CudaDevice: ...

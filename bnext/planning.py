@@ -52,6 +52,7 @@ def plan(
     *,
     residual: bool = False,
     activation: str | None = None,
+    frozen: bool = False,
     engine: str | None = None,
 ) -> _C.Plan | _C.CudaPlan:
     """Says how bnext would work on an input: traversal, schedule or engine, threads or blocks, bytes moved.
@@ -68,7 +69,10 @@ def plan(
         device: where; unless given the tensor's own, the CPU for a shape. A `CudaDevice` describes a GPU that need
             not be there.
         residual: with a tensor of the input's size that is added before the activation; backward: with its gradient.
-        activation: one of functional.ACTIVATIONS, or None. Without a residual it moves no bytes.
+        activation: one of functional.ACTIVATIONS, or None. Without a residual it moves no bytes, unless `frozen`.
+        frozen: beside training=False, the pass of a step in which weight and bias require no grad
+            (:func:`bnext.freeze`): relu, leaky_relu and relu6 leave a mask in any case, and backward needs no sums,
+            nor x but for another activation.
         engine: on a GPU 'streaming' or 'resident' rather than what the plan would choose, as the environment variable
             BNEXT_CUDA_ENGINE does for calls. Other passes than those of training have one engine.
 
@@ -77,8 +81,8 @@ def plan(
 
     Raises:
         TypeError: neither a tensor nor a sequence of integers.
-        ValueError: a shape, dtype, layout, number of threads, device or activation that no call could have, or an
-            engine that cannot take this one.
+        ValueError: a shape, dtype, layout, number of threads, device or activation that no call could have, frozen
+            in training, or an engine that cannot take this one.
         RuntimeError: a GPU of this machine in a build without CUDA.
     """
     if isinstance(x_or_shape, Tensor):
@@ -99,8 +103,9 @@ def plan(
     if gpu is None:
         if engine is not None:
             raise ValueError(f"expected engine with a GPU only, but got {engine!r}")
-        return _C.plan(shape, dtype_name, last, training, backward, threads, residual, activation)
+        return _C.plan(shape, dtype_name, last, training, backward, threads, residual, activation, frozen)
     if threads is not None:
         raise ValueError(f"expected threads with the CPU only, but got {threads} and device {device}")
     chosen = "automatic" if engine is None else engine
-    return _C.cuda_plan(shape, dtype_name, last, training, backward, gpu, residual, activation, chosen)
+    call = (shape, dtype_name, last, training, backward, gpu, residual, activation, frozen)
+    return _C.cuda_plan(*call, chosen)

@@ -32,9 +32,12 @@ Dtype dtype_named(const std::string& name) {
   throw py::value_error("expected dtype float32, float64, bfloat16 or float16, but got " + name);
 }
 
-// A forward pass with the batch's statistics is one of training: it leaves the mask that backward reads.
+// A forward pass with the batch's statistics, or of a frozen layer, is one of training: it leaves the mask
+// that backward reads.
 Problem problem_of(const std::vector<int64_t>& shape, const std::string& dtype, bool channels_last,
-                   bool training, bool backward, bool residual, const ActivationName& activation) {
+                   bool training, bool backward, bool residual, const ActivationName& activation,
+                   bool frozen) {
+  if (training && frozen) throw py::value_error("expected frozen=True with training=False only");
   if (shape.size() < 2) throw py::value_error("expected a shape of at least 2 dimensions");
   int64_t numel = 1;
   bool too_many = false;
@@ -51,26 +54,30 @@ Problem problem_of(const std::vector<int64_t>& shape, const std::string& dtype, 
   const auto pass = backward ? (training ? Pass::backward : Pass::frozen_backward)
                              : (training ? Pass::forward : Pass::inference);
   const Activation kind = require_activation(activation, std::nullopt).kind;
-  const bool mask = residual && is_masked(kind) && (training || backward);
+  const bool mask = is_masked(kind) && (frozen || (residual && (training || backward)));
   const bool read = residual && (!backward || (kind != Activation::none && !mask));
   const bool dresidual = residual && backward && kind != Activation::none;
-  return {extent_of(shape, order), dtype_named(dtype), pass, read, mask, dresidual};
+  Problem problem(extent_of(shape, order), dtype_named(dtype), pass, read, mask, dresidual);
+  problem.sums = !frozen;
+  problem.from_input = kind != Activation::none && !mask;
+  return problem;
 }
 
 Plan cpu_plan(const std::vector<int64_t>& shape, const std::string& dtype, bool channels_last, bool training,
-              bool backward, std::optional<int> threads, bool residual,
-              std::optional<std::string> activation) {
+              bool backward, std::optional<int> threads, bool residual, std::optional<std::string> activation,
+              bool frozen) {
   const int used = threads.value_or(at::get_num_threads());
   if (used < 1) throw py::value_error("expected at least 1 thread, but got " + std::to_string(used));
-  return make_plan(problem_of(shape, dtype, channels_last, training, backward, residual, activation),
+  return make_plan(problem_of(shape, dtype, channels_last, training, backward, residual, activation, frozen),
                    cpu::machine(used));
 }
 
 cuda::Plan cuda_plan(const std::vector<int64_t>& shape, const std::string& dtype, bool channels_last,
                      bool training, bool backward, const cuda::Device& device, bool residual,
-                     std::optional<std::string> activation, const std::string& engine) {
-  return cuda::make_plan(problem_of(shape, dtype, channels_last, training, backward, residual, activation),
-                         device, true, cuda::choice_named(engine));
+                     std::optional<std::string> activation, bool frozen, const std::string& engine) {
+  return cuda::make_plan(
+      problem_of(shape, dtype, channels_last, training, backward, residual, activation, frozen), device, true,
+      cuda::choice_named(engine));
 }
 
 cuda::Device described(int multiprocessors, double bandwidth, int64_t l2, int64_t shared_memory,
@@ -203,10 +210,11 @@ void bind_plans(py::module_& m) {
       .def_readonly("floor_seconds", &cuda::Plan::floor_seconds)
       .def("__repr__", cuda_plan_text);
   m.def("plan", cpu_plan, py::arg("shape"), py::arg("dtype"), py::arg("channels_last"), py::arg("training"),
-        py::arg("backward"), py::arg("threads"), py::arg("residual"), py::arg("activation"));
+        py::arg("backward"), py::arg("threads"), py::arg("residual"), py::arg("activation"),
+        py::arg("frozen"));
   m.def("cuda_plan", cuda_plan, py::arg("shape"), py::arg("dtype"), py::arg("channels_last"),
         py::arg("training"), py::arg("backward"), py::arg("device"), py::arg("residual"),
-        py::arg("activation"), py::arg("engine"));
+        py::arg("activation"), py::arg("frozen"), py::arg("engine"));
   m.def("cuda_device", real_device, py::arg("index"));
 }
 

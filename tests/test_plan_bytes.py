@@ -15,8 +15,10 @@ LARGE_L2 = bnext.CudaDevice(multiprocessors=100, bandwidth=1e12, l2=1 << 40)
 
 FORWARD: dict[str, bool] = {"training": True, "backward": False}
 BACKWARD: dict[str, bool] = {"training": True, "backward": True}
-FROZEN: dict[str, bool] = {"training": False, "backward": True}
+FIXED: dict[str, bool] = {"training": False, "backward": True}
 EVAL: dict[str, bool] = {"training": False, "backward": False}
+FROZEN = EVAL | {"frozen": True}  # no gradient of the weight
+FROZEN_BACKWARD = FIXED | {"frozen": True}
 MASKED = ("relu", "leaky_relu", "relu6")
 SMOOTH = ("silu", "gelu", "elu", "hardswish", "sigmoid", "tanh")
 ANY = (None, *MASKED, *SMOOTH)
@@ -30,12 +32,22 @@ TABLE = [
     (BACKWARD, True, (None,), (3, 0), (5, 0)),  # dy is the residual's gradient
     (BACKWARD, True, MASKED, (4, 1), (6, 2)),
     (BACKWARD, True, SMOOTH, (5, 0), (8, 0)),
-    (FROZEN, False, ANY, (3, 0), (3, 0)),
-    (FROZEN, True, (None,), (3, 0), (3, 0)),
-    (FROZEN, True, MASKED, (4, 1), (4, 1)),
-    (FROZEN, True, SMOOTH, (5, 0), (5, 0)),
+    (FIXED, False, ANY, (3, 0), (3, 0)),
+    (FIXED, True, (None,), (3, 0), (3, 0)),
+    (FIXED, True, MASKED, (4, 1), (4, 1)),
+    (FIXED, True, SMOOTH, (5, 0), (5, 0)),
     (EVAL, False, ANY, (2, 0), (2, 0)),
     (EVAL, True, ANY, (3, 0), (3, 0)),
+    (FROZEN, False, (None, *SMOOTH), (2, 0), (2, 0)),
+    (FROZEN, False, MASKED, (2, 1), (2, 1)),
+    (FROZEN, True, (None, *SMOOTH), (3, 0), (3, 0)),
+    (FROZEN, True, MASKED, (3, 1), (3, 1)),
+    (FROZEN_BACKWARD, False, (None,), (2, 0), (2, 0)),
+    (FROZEN_BACKWARD, False, MASKED, (2, 1), (2, 1)),
+    (FROZEN_BACKWARD, False, SMOOTH, (3, 0), (3, 0)),
+    (FROZEN_BACKWARD, True, (None,), (2, 0), (2, 0)),
+    (FROZEN_BACKWARD, True, MASKED, (3, 1), (3, 1)),
+    (FROZEN_BACKWARD, True, SMOOTH, (5, 0), (5, 0)),
 ]
 ROWS = [
     pytest.param({**kind, "residual": residual, "activation": name}, least, twice, id=f"{index}-{name}")
@@ -66,6 +78,12 @@ def test_bytes(
 def test_what_stays_in_cache_is_read_once(options: dict[str, bool]) -> None:
     plan = bnext.plan((4, 8, 16, 16), residual=True, activation="relu", **options)
     assert plan.bytes_moved == plan.bytes_minimum
+
+
+def test_a_layer_in_training_is_not_frozen() -> None:
+    for device in (None, WITHOUT_L2):
+        with pytest.raises(ValueError, match="expected frozen=True with training=False only"):
+            bnext.plan((3, 4), frozen=True, device=device)
 
 
 def test_an_activation_is_checked() -> None:

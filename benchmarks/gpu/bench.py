@@ -75,7 +75,7 @@ class Bench:
     def case(self, case: Case, names: Sequence[str]) -> results.Result:
         result = results.Result(case)
         rotation = timing.rotation(case.bytes_minimum, self.l2_bytes)
-        with torch.set_grad_enabled(case.operation != "eval"):
+        with torch.set_grad_enabled(case.learns):
             sets = timing.inputs(case, rotation.sets, self.device)
             graphs = {}
             for subject in self._subjects(case, sets, names, result):

@@ -69,7 +69,7 @@ def inputs(case: Case, sets: int, device: str) -> list[Data]:
         dy = place(random_values(*case.shape))
         made = Data(x, dy, place(random_values(*case.shape)) if case.residual else None)
         for tensor in made.inputs:
-            tensor.requires_grad_(case.operation != "eval")
+            tensor.requires_grad_(case.learns)
         return made
 
     return [one() for _ in range(sets)]
@@ -87,7 +87,7 @@ def takes_cudnn(case: Case, x: Tensor) -> bool:
     module = peers.norm_module(case).to(x.device)
     state = (module.weight, module.bias, module.running_mean, module.running_var)
     with backend("cudnn"):
-        chosen = torch._C._select_batch_norm_backend(x, *state, case.operation != "eval", module.eps)
+        chosen = torch._C._select_batch_norm_backend(x, *state, case.training, module.eps)
     return bool(chosen == torch._C._BatchNormBackend.Cudnn)
 
 
