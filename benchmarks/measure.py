@@ -2,9 +2,9 @@
 
 A round times every implementation once, in an order drawn anew each round, so that whatever else the
 machine does hits all of them alike; the result is the median of the rounds. A timed sample is a loop of
-calls long enough for the clock, after one call that is not counted, so that each implementation finds the
-caches as its own last call left them. A call lives from its first instruction until its results are freed:
-training gives memory back too.
+calls long enough for the clock, after a few that are not counted, so that each implementation finds the
+caches and the heap as its own last calls left them. A call lives from its first instruction until its results
+are freed: training gives memory back too.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from benchmarks.peers import Data, Subject, eager_module
 from benchmarks.shapes import Case
 
 SAMPLE_SECONDS = 1e-3  # a sample lasts at least this long: ten thousand ticks of the clock
+CALLS_BEFORE = 3  # each sample: what was freed by the one before goes back to the system in the second or third
 WARM_UP_CALLS = 3  # compiles, fills allocator caches, lets oneDNN keep its primitives
 
 # Largest error against torch in float64, as a share of the largest value: an implementation that is further
@@ -82,7 +83,8 @@ class _Clock:
 
     def sample(self) -> tuple[float, float]:
         """(seconds, page faults) per call."""
-        self.call(self.set_up())
+        for _ in range(CALLS_BEFORE):
+            self.call(self.set_up())
         ready = [self.set_up() for _ in range(self.repeat)]
         faults, start = page_faults(), time.perf_counter()
         for value in ready:

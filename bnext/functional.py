@@ -57,7 +57,8 @@ def batch_norm(
 
     z is neither rounded to the input's dtype nor kept: backward computes it again from the input. Beside the input and
     a few numbers per channel it needs, with a residual, one bit per element for relu, leaky_relu and relu6, the
-    residual for the other activations, and nothing without an activation.
+    residual for the other activations, and nothing without an activation. In inference with a weight that requires no
+    grad it needs no input but for those other activations.
 
     Sums are float64 for float64 input. float32 input is summed in float32 over 8 elements, 16-bit input over a few
     dozen, around a center near the mean, and then in float64, as is all that follows per channel (Ioffe & Szegedy,
