@@ -55,7 +55,7 @@ def seconds_per_byte(rows: Sequence[Row]) -> dict[tuple[object, ...], float]:
 
 
 def limits(rows: Sequence[Row]) -> Iterator[tuple[Row, Limit]]:
-    """Of every case of training whose tensor went through inference in the same run."""
+    """Of every case but inference whose tensor went through inference in the same run."""
     fastest = seconds_per_byte(rows)
     for row in rows:
         measured = row.ratio(SUBJECT, PEER)

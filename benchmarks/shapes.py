@@ -87,7 +87,7 @@ LISTS: dict[str, tuple[tuple[Shape, int], ...]] = {
 OPERATIONS = ("forward", "backward", "step", "eval", "frozen")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 LAYOUTS = ("contiguous", "channels_last")
-# Activations whose gradient one bit tells: with a residual, forward leaves a mask instead of backward reading it again.
+# Activations whose gradient one bit tells: forward leaves a mask instead of backward reading a residual again, or x.
 MASKED = ("relu", "leaky_relu", "relu6")
 
 

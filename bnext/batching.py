@@ -208,8 +208,11 @@ def _batch_norm(info: Info, dims: tuple[Any, ...], *given: Any) -> _Result:
         return call.of_none()
     written = _update_what_is_common(call)
     residual, activation = call.given["residual"], call.given["activation"]
-    without_x = residual is not None or not call.given.get("keeps_input", True)
-    keeps_mask = call.given["for_backward"] and without_x and activation in _C.MASKED
+    keeps_mask = (
+        call.given["for_backward"]
+        and activation in _C.MASKED
+        and (residual is not None or not call.given.get("keeps_input", True))
+    )
     if keeps_mask or (call.own_counters is not None and call.given["momentum"] is None):
         return call.one_by_one()
     y, stats, mask = call.at_once(written)

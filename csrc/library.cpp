@@ -27,8 +27,8 @@ TORCH_LIBRARY(bnext, m) {
   // num_batches_tracked. ndims: the ranks allowed, any from 2 if empty. residual: added before the
   // activation, which goes by its name in activation.h. for_backward: also the mask (see args.h) that an
   // activation with two slopes needs beside a residual, or where keeps_input is false and backward will have
-  // no x; else mask is empty. skip_nonfinite: where new running statistics would not be finite the old ones
-  // stay.
+  // no x; else mask is empty. Autograd sets both of what it differentiates. skip_nonfinite: where new running
+  // statistics would not be finite the old ones stay.
   m.def(
       "batch_norm(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, "
       "Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, bool training, float? momentum, float eps, "

@@ -64,8 +64,9 @@ struct BatchNormNode : torch::autograd::Node {
         training(training),
         from_output(from_output),
         activation(activation) {
-    const bool has_mask = is_masked(activation.spec.kind), keeps_x = needs_x(input, given_weight, has_mask);
-    const bool masked = has_mask && (present(given_residual) || !keeps_x);
+    const bool one_bit_tells = is_masked(activation.spec.kind);
+    const bool keeps_x = needs_x(input, given_weight, one_bit_tells);
+    const bool masked = one_bit_tells && (present(given_residual) || !keeps_x);
     if (keeps_x) {
       if (!from_output) x = KeptInput(input, masked);
     } else {
@@ -123,8 +124,8 @@ struct BatchNormNode : torch::autograd::Node {
 
  private:
   // Fixed statistics make of dz all but the weight's gradient, and a mask finds dz.
-  bool needs_x(const Variable& input, const OptionalTensor& given_weight, bool has_mask) const {
-    return training || from_output || (activation.spec && !has_mask) ||
+  bool needs_x(const Variable& input, const OptionalTensor& given_weight, bool one_bit_tells) const {
+    return training || from_output || (activation.spec && !one_bit_tells) ||
            (bnext::present(given_weight) && given_weight->requires_grad()) || !tells_its_format(input);
   }
 

@@ -68,7 +68,7 @@ Traffic traffic(const Problem& problem) {
     case Pass::backward:
       return {2 + residual, 2 + residual, 1 + dresidual, 2 * mask};
     case Pass::frozen_backward:
-      if (!problem.sums && !problem.from_input) return {0, 1, 1 + dresidual, mask};
+      if (!problem.sums && !problem.needs_input) return {0, 1, 1 + dresidual, mask};
       return {2 + residual, 0, 1 + dresidual, mask};  // the reduce writes dx as it goes
     case Pass::input_grad:
       return {0, 2 + residual, 1 + dresidual, mask};

@@ -30,13 +30,13 @@ struct Problem {
   Extent extent;
   Dtype dtype = Dtype::float32;
   Pass pass = Pass::forward;
-  bool residual = false;   // is read: forward to add it, backward to compute the activation's input again
-  bool mask = false;       // is written by forward, read by backward
-  bool dresidual = false;  // backward: is written, beside dx
-  bool output = true;      // forward: y is wanted
-  bool sums = true;        // backward: dweight, dbias or the sums themselves are wanted
-  bool input_grad = true;  // backward: dx is wanted
-  bool from_input = true;  // backward: finds dz with x, not with dy and a mask alone
+  bool residual = false;    // is read: forward to add it, backward to compute the activation's input again
+  bool mask = false;        // is written by forward, read by backward
+  bool dresidual = false;   // backward: is written, beside dx
+  bool output = true;       // forward: y is wanted
+  bool sums = true;         // backward: dweight, dbias or the sums themselves are wanted
+  bool input_grad = true;   // backward: dx is wanted
+  bool needs_input = true;  // backward: finds dz from what stands for x, not from dy and a mask alone
 
   constexpr Problem(const Extent& of, Dtype type, Pass kind, bool with_residual, bool with_mask,
                     bool with_dresidual)
@@ -55,7 +55,7 @@ struct Problem {
                 args.dresidual != nullptr) {
     sums = args.dweight != nullptr || args.dbias != nullptr || args.sums_out != nullptr;
     input_grad = args.dx != nullptr;
-    from_input = needs_input(args);
+    needs_input = bnext::needs_input(args);
   }
 };
 

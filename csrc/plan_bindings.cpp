@@ -59,7 +59,7 @@ Problem problem_of(const std::vector<int64_t>& shape, const std::string& dtype, 
   const bool dresidual = residual && backward && kind != Activation::none;
   Problem problem(extent_of(shape, order), dtype_named(dtype), pass, read, mask, dresidual);
   problem.sums = !frozen;
-  problem.from_input = kind != Activation::none && !mask;
+  problem.needs_input = kind != Activation::none && !mask;
   return problem;
 }
 

@@ -54,7 +54,49 @@ class Affine(Frozen):
             self.register_parameter(name, nn.Parameter(value))
 
 
-FIXED: dict[str, Callable[[int], Frozen]] = {"frozen": Frozen, "late": Late, "affine": Affine}
+class Asking(Frozen):
+    """Two ways of one thing, and what it is asked of, as detectron2's; and a buffer that is not there."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels)
+        self.register_buffer("num_batches_tracked", None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        state = (self.running_mean, self.running_var, self.weight, self.bias)
+        if not x.requires_grad:
+            return nn.functional.batch_norm(x, *state, training=False, eps=self.eps)
+        scale = self.weight * (self.running_var + self.eps).rsqrt()
+        bias = self.bias - self.running_mean * scale
+        scale, bias, dtype = scale.reshape(1, -1, 1, 1), bias.reshape(1, -1, 1, 1), x.dtype
+        return x * scale.to(dtype) + bias.to(dtype)
+
+
+class Textbook(Frozen):
+    def forward(self, x: Tensor) -> Tensor:
+        mean, var = self.running_mean[None, :, None, None], self.running_var[None, :, None, None]
+        xhat = (x - mean) / torch.sqrt(var + self.eps)
+        return xhat * self.weight[None, :, None, None] + self.bias[None, :, None, None]
+
+
+class Bare(Frozen):
+    """Without an eps, as maskrcnn-benchmark's."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale = self.weight * (1 / self.running_var.sqrt())
+        bias = self.bias - self.running_mean * scale
+        return x * scale.reshape(1, -1, 1, 1) + bias.reshape(1, -1, 1, 1)
+
+
+FIXED: dict[str, Callable[[int], Frozen]] = {
+    "frozen": Frozen,
+    "late": Late,
+    "affine": Affine,
+    "asking": Asking,
+    "textbook": Textbook,
+    "bare": Bare,
+    "nothing added": lambda channels: Frozen(channels, 0.0),
+    "an integer": lambda channels: Frozen(channels, 1),
+}
 
 
 class Switched(Frozen):
@@ -132,9 +174,31 @@ UNLIKE_FIXED: dict[str, Callable[[], nn.Module]] = {
     "another sign": by(lambda layer, x, scale, shift: x * scale - shift),
     "a scaled sum": by(lambda layer, x, scale, shift: torch.add(x * scale, shift, alpha=2)),
     "a number more": by(lambda layer, x, scale, shift: x * scale + shift + 1.0),
-    "centered first": by(
+    "centered behind": by(
         lambda layer, x, scale, shift: (
-            (x - layer.running_mean.reshape(1, -1, 1, 1)) * scale + layer.bias.reshape(1, -1, 1, 1)
+            (x * scale - layer.running_mean.reshape(1, -1, 1, 1)) + layer.bias.reshape(1, -1, 1, 1)
+        )
+    ),
+    "divided by the variance": by(
+        lambda layer, x, scale, shift: (
+            x * (layer.weight / (layer.running_var + 1e-5)).reshape(1, -1, 1, 1) + shift
+        )
+    ),
+    "two numbers": by(
+        lambda layer, x, scale, shift: (
+            x * (layer.weight * (layer.running_var + 1e-3).rsqrt()).reshape(1, -1, 1, 1) + shift
+        )
+    ),
+    "another dtype": by(lambda layer, x, scale, shift: x * scale.to(torch.bfloat16) + shift),
+    "its own dtype": by(lambda layer, x, scale, shift: x * scale.to(scale.dtype) + shift),
+    "vectors exchanged": by(
+        lambda layer, x, scale, shift: nn.functional.batch_norm(
+            x, layer.running_mean, layer.running_var, layer.bias, layer.weight
+        )
+    ),
+    "the batch's statistics": by(
+        lambda layer, x, scale, shift: nn.functional.batch_norm(
+            x, layer.running_mean, layer.running_var, layer.weight, layer.bias, True, 0.0
         )
     ),
     "a negative eps": lambda: Frozen(3, -1e-5),

@@ -102,6 +102,7 @@ class HostCall:
     residual_shifts: tuple[int, int] = (0, 0)  # the same: residual, dresidual
     mask: bool = True
     keeps_input: bool = True
+    spoils_input: bool = False  # between forward and backward x becomes NaN
     phases: bool = (
         False  # moments, normalize, grad_sums, input_grad as calls of their own, for a batch's statistics
     )
@@ -113,8 +114,8 @@ class HostCall:
 
     @property
     def masked(self) -> bool:
-        without_x = self.problem.residual is not None or not self.keeps_input
-        return self.mask and without_x and self.problem.activation in MASKED
+        beside = self.problem.residual is not None or not self.keeps_input
+        return self.mask and beside and self.problem.activation in MASKED
 
     @property
     def wants(self) -> list[bool]:
@@ -152,6 +153,7 @@ class HostCall:
             p.skip_nonfinite,
             p.inplace,
             self.masked,
+            self.spoils_input,
             self.backward,
             *self.wants,
             *self.shifts,

@@ -251,6 +251,8 @@ def test_opcheck(layout: str, dtypes: Dtypes, mode: Mode, active: Active, device
     shape = (12, 5) if layout == "nc" else (3, 5, 4, 5)
     problem = make_active(active, shape, LAYOUT[layout], dtypes, mode, device=device)
     opcheck(BACKWARD, backward_arguments(problem))
+    opcheck(BACKWARD, backward_arguments(problem, keeps_input=False))
+    opcheck(FORWARD, forward_arguments(problem, for_backward=True, keeps_input=False))
     problem.require_grad()
     opcheck(FORWARD, forward_arguments(problem))
 

@@ -95,8 +95,8 @@ def test_any_call_of_the_forward_operator(
     else:
         assert y.shape == x.shape
         assert stats.shape == (4 if for_backward else 2, x.shape[1])
-        without_x = residual is not None or not keeps_input
-        masked = for_backward and without_x and scalars["activation"] in ("relu", "leaky_relu", "relu6")
+        beside = residual is not None or not keeps_input
+        masked = for_backward and beside and scalars["activation"] in ("relu", "leaky_relu", "relu6")
         assert mask.shape == (x.numel() // 32 * 4 + 8 if masked else 0,)
 
 

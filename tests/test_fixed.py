@@ -73,7 +73,7 @@ def test_fused(kind: str) -> None:
     plain = network(kind)
     fused = bnext.fuse(plain, images())
     assert counts(fused) == {"norm+relu": 1, "norm+add+relu": 1}
-    assert type(plain.bn1) is FIXED[kind] and isinstance(fused.bn1, FixedBatchNorm)
+    assert type(plain.bn1) is type(FIXED[kind](3)) and isinstance(fused.bn1, FixedBatchNorm)
     assert list(fused.state_dict()) == list(plain.state_dict())
     torch.testing.assert_close(step(fused, images()), step(plain, images()), **CLOSE)
     assert counts(bnext.fuse(fused, images())) == counts(fused)
@@ -93,6 +93,17 @@ def test_beside_batch_norms() -> None:
 
 def test_what_the_others_differ_from() -> None:
     assert isinstance(bnext.convert(by(affine)(), subclasses=True), FixedBatchNorm)
+
+
+def test_a_list_picks_elements() -> None:
+    """The numbers that as a shape would spread a vector over channels."""
+
+    def picked(layer: Any, x: Tensor, *_: Tensor) -> Tensor:
+        scale = layer.weight * (layer.running_var + layer.eps).rsqrt()
+        shift = layer.bias - layer.running_mean * scale
+        return x * scale[[1, -1, 1, 1]] + shift[[1, -1, 1, 1]]
+
+    assert not isinstance(bnext.convert(by(picked)(), subclasses=True), FixedBatchNorm)
 
 
 @pytest.mark.parametrize("name", UNLIKE_FIXED)

@@ -277,6 +277,7 @@ def test_meta_kernels_tell_what_will_come(layout: str, active: Active | None, de
     wanted = (True, False, True, active is not None)
     for op, arguments in (
         (FORWARD, forward_arguments(problem, for_backward=True)),
+        (FORWARD, forward_arguments(problem, for_backward=True, keeps_input=False)),
         (FORWARD, forward_arguments(problem)),
         (BACKWARD, backward_arguments(problem, wanted)),
         (BACKWARD, backward_arguments(problem, (False, *wanted[1:]))),

@@ -1,5 +1,4 @@
-"""The mask forward leaves for backward, beside a residual or in place of x: its size, its bits, and the same for any
-number of threads."""
+"""The mask that forward leaves for backward, beside a residual or in place of x: size, bits, any number of threads."""
 
 from __future__ import annotations
 
@@ -138,6 +137,8 @@ def test_any_number_of_threads(
         arguments = forward_arguments(problem, for_backward=True)
         y, stats, mask = FORWARD(*arguments)
         grads = BACKWARD(*backward_arguments(problem, (True, True, True, True)))
+        alone = BACKWARD(*backward_arguments(problem, (True, False, False, True)))
+        assert torch.equal(alone[0], grads[0]) and torch.equal(alone[3], grads[3])
         mask = torch.from_numpy(np.unpackbits(mask.numpy(), bitorder="little")[: y.numel()])
         collected.append([y, stats, mask, *grads, problem.running_mean, problem.running_var])
     names = ["y", "stats", "mask", *(f"d{name}" for name in DIFFERENTIABLE), "running_mean", "running_var"]

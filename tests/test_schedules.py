@@ -175,3 +175,36 @@ def test_larger_than_the_last_level_cache(layout: str, plane: tuple[int, int, in
     for result in (y.detach(), dx, dweight.view(1, -1), dbias.view(1, -1)):
         for channel in range(2, channels):
             assert torch.equal(result[:, channel], result[:, channel % 2]), channel
+
+
+@pytest.mark.parametrize("residual", [False, True], ids=["alone", "residual"])
+@pytest.mark.parametrize("dtypes", [FLOAT32, BFLOAT16_WITH_FLOAT32], ids=str)
+@pytest.mark.parametrize("plane", PLANES, ids=str)
+@pytest.mark.parametrize("layout", ["nchw", "nhwc"])
+def test_frozen_and_larger_than_the_last_level_cache(
+    layout: str, plane: tuple[int, int, int], dtypes: Dtypes, residual: bool
+) -> None:
+    """By a mask, one example has the bits that it has by itself, and what passes is what y lets through."""
+    channels, height, width = plane
+    shape = (LARGE_BYTES // (channels * height * width * dtypes.input.itemsize), *plane)
+    given = dict(training=False, backward=True, frozen=True, residual=residual, activation="relu")
+    streams = bnext.plan(shape, dtypes.input, None, **given).streaming_stores
+    assert streams or not BUILD["shared_cache"] or channels * height * width * dtypes.input.itemsize % 64
+    generator = torch.Generator().manual_seed(9)
+    layer = bnext.freeze(bnext.BatchNorm2d(channels, activation="relu", dtype=dtypes.parameters))
+    torch.nn.init.uniform_(layer.weight, 0.5, 2)
+    made = (torch.randn(shape, generator=generator).to(dtypes.input) for _ in range(2 + residual))
+    dy, *inputs = (LAYOUT[layout].arrange(t) for t in made)
+
+    def step(dy: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
+        leaves = [t.clone(memory_format=torch.preserve_format).requires_grad_() for t in inputs]
+        y = layer(*leaves)
+        return y.detach(), *torch.autograd.grad(y, leaves, dy)
+
+    y, *grads = step(dy, *inputs)
+    for example in (0, len(dy) // 2, len(dy) - 1):
+        one = step(*(t[example : example + 1] for t in (dy, *inputs)))
+        for whole, alone in zip((y, *grads), one, strict=True):
+            assert torch.equal(whole[example : example + 1], alone)
+    if residual:
+        assert torch.equal(grads[1], dy.where(y > 0, torch.zeros_like(dy)))

@@ -112,6 +112,8 @@ class Graph:
     def __init__(
         self, subject: Subject, sets: Inputs, case: Case, calls: int, flush: Callable[[], object]
     ) -> None:
+        if case.operation not in ("forward", "backward", "eval"):
+            raise ValueError(f"expected one pass, forward, backward or eval, but got {case.operation}")
         self.calls, self.flush = calls, flush
         order = [call % len(sets) for call in range(calls)]
         stream = torch.cuda.Stream()

@@ -48,7 +48,7 @@ def convert(module: Network, *, subclasses: bool = False) -> Network:
             nothing, gets that of ours; torch.fx tells. It is still of its own class, but its children are called no
             more, and what Python decides in its own forward is decided for good: attributes that it asks for, whether
             there are other processes, and the number of dimensions. The same goes for layers of no class of torch's
-            that compute ``x * scale + shift`` of the four vectors, as torchvision's FrozenBatchNorm2d does and DETR's.
+            that normalize by four vectors alone, as the FrozenBatchNorm2d of torchvision, DETR and detectron2 do.
             All of these take their input by position, and torch.jit.script takes none of them.
 
     Returns:

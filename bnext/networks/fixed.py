@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Callable
-from typing import Any
-
 import torch
 from torch import Tensor, fx, nn
 from torch.autograd import forward_ad as fwAD
@@ -13,8 +9,9 @@ from torch.autograd import forward_ad as fwAD
 from ..attributes import captured_modules
 from ..drawn_in import DrawnIn, TakesDrawnIn, followed, what_follows
 from ..functional import batch_norm
+from .formula import eps_of
 from .fused_forward import is_called_as, set_class
-from .tracing import MODES, Tracer, takes, traced
+from .tracing import takes
 
 __all__ = ["EPS", "FixedBatchNorm", "convert_fixed"]
 
@@ -23,7 +20,7 @@ EPS = "_fixed_eps"  # an attribute of layers that were converted
 
 
 class FixedBatchNorm(TakesDrawnIn):
-    """Before a class whose forward is ``x * scale + (bias - running_mean * scale)``: our function, in one pass.
+    """Before a class whose forward is a formula of fixed statistics (formula.py): our function, in one pass.
 
     What broadcasts or promotes there, or keeps another order in memory, its own forward computes.
     """
@@ -72,7 +69,7 @@ def _has_tangent(tensor: Tensor) -> bool:
 
 def convert_fixed(layer: nn.Module) -> bool:
     """In place: a layer whose forward is that of fixed statistics gets the one above. Whether it is one."""
-    eps = _eps(layer) if _is_plain(layer) else None
+    eps = eps_of(layer) if _is_plain(layer) else None
     if eps is None:
         return False
     set_class(layer, FixedBatchNorm)
@@ -81,10 +78,10 @@ def convert_fixed(layer: nn.Module) -> bool:
 
 
 def _is_plain(layer: nn.Module) -> bool:
-    """Whether it has those four vectors and nothing else, and its forward is that of its class."""
+    """Whether it has those four vectors and no other tensor, and its forward is that of its class."""
     added = {name for cls in (FixedBatchNorm, TakesDrawnIn) for name in vars(cls)} - {*dir(nn.Module)}
     return (
-        {*layer._parameters, *layer._buffers} == {*_TENSORS}
+        {name for name, t in (layer._parameters | layer._buffers).items() if t is not None} == {*_TENSORS}
         and not layer._modules
         and all(isinstance(getattr(layer, name), Tensor) for name in _TENSORS)
         and is_called_as(layer, nn.Module)
@@ -93,58 +90,3 @@ def _is_plain(layer: nn.Module) -> bool:
         and not captured_modules(layer)
         and not any(hasattr(layer, name) for name in {*added, EPS})
     )
-
-
-def _eps(layer: nn.Module) -> float | None:
-    """The eps of its forward, if that is all that it computes, in training as in eval; None if it is not."""
-    found = {_eps_of(traced(Tracer, layer, *modes)) for modes in MODES}
-    return found.pop() if len(found) == 1 else None
-
-
-def _eps_of(graph: fx.Graph) -> float | None:
-    seen: set[fx.Node] = set()
-    (output,) = (node for node in graph.nodes if node.op == "output")
-    found = _form(output.args[0], False, seen)
-    numbers = [arg for node in graph.nodes for arg in node.args if isinstance(arg, float)]
-    if {*graph.nodes} - seen != {output} or len(numbers) != 1:
-        return None
-    return numbers[0] if numbers[0] >= 0 and found == _formula(numbers[0]) else None
-
-
-def _commuting(kind: str, *operands: Any) -> tuple[Any, ...]:
-    return (kind, *sorted(operands, key=repr))
-
-
-def _formula(eps: float) -> Any:
-    """As torchvision has it."""
-    scale = _commuting("mul", "weight", ("rsqrt", _commuting("add", "running_var", eps)))
-    shift = ("sub", "bias", _commuting("mul", "running_mean", scale))
-    return _commuting("add", _commuting("mul", "x", scale), shift)
-
-
-_KINDS: dict[Callable[..., Any] | str, str] = {
-    **dict.fromkeys((operator.add, torch.add, "add"), "add"),
-    **dict.fromkeys((operator.sub, torch.sub, "sub"), "sub"),
-    **dict.fromkeys((operator.mul, torch.mul, "mul"), "mul"),
-    **dict.fromkeys((torch.rsqrt, "rsqrt"), "rsqrt"),
-    **dict.fromkeys((torch.reshape, "reshape", "view"), "reshape"),
-}
-
-
-def _form(value: Any, per_channel: bool, seen: set[fx.Node]) -> Any:
-    """What a graph computes, as nested tuples: of "x", of vectors by name, per channel, and of numbers."""
-    if not isinstance(value, fx.Node):
-        return value
-    seen.add(value)
-    if value.op == "placeholder" and not per_channel:
-        return "x"
-    if value.op == "get_attr" and per_channel:
-        return str(value.target)
-    kind = _KINDS.get(value.target) if value.op in ("call_function", "call_method") else None
-    if kind is None or value.kwargs:
-        return None
-    if kind == "reshape":
-        shaped = value.args[1:] in ((1, -1, 1, 1), ((1, -1, 1, 1),), ([1, -1, 1, 1],))
-        return _form(value.args[0], True, seen) if shaped and not per_channel else None
-    operands = [_form(arg, per_channel, seen) for arg in value.args]
-    return _commuting(kind, *operands) if kind in ("add", "mul") else (kind, *operands)

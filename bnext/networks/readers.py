@@ -1,15 +1,28 @@
-"""Who reads a value in a graph of torch.fx."""
+"""What stands in a graph of torch.fx: who reads a value, what a call is given."""
 
 from __future__ import annotations
 
+import inspect
+from typing import Any
+
 from torch import fx, nn
+from torch.nn import functional as F
 
 from ..attributes import has_hooks
 from ..torch_activations import Activation, of_call, of_module
 
-__all__ = ["Chain", "activation_of", "is_nothing", "only_reader", "readers_of"]
+__all__ = ["Chain", "activation_of", "arguments_of_norm", "is_nothing", "only_reader", "readers_of"]
 
 Chain = list[fx.Node]
+
+_ARGUMENTS = inspect.signature(F.batch_norm)
+
+
+def arguments_of_norm(node: fx.Node) -> dict[str, Any]:
+    """What a call of torch's function is given, by name, defaults too."""
+    given = _ARGUMENTS.bind(*node.args, **node.kwargs)
+    given.apply_defaults()
+    return given.arguments
 
 
 def only_reader(node: fx.Node) -> Chain:

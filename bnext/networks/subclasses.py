@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from functools import partial
 from typing import Any, cast
 
@@ -16,12 +15,11 @@ from ..drawn_in import TakesDrawnIn
 from ..modules import OUR_ATTRIBUTES, OURS, FusedBatchNorm
 from .fixed import convert_fixed
 from .fused_forward import is_called_as, set_class
-from .readers import activation_of, readers_of
+from .readers import activation_of, arguments_of_norm, readers_of
 from .tracing import MODES, Proxy, Tracer, takes, traced
 
 __all__ = ["convert_subclasses"]
 
-_ARGUMENTS = inspect.signature(F.batch_norm)
 _TENSORS = ("weight", "bias", "running_mean", "running_var")
 _Keywords = tuple[tuple[str, Any], ...]
 _COUNTER = "num_batches_tracked"
@@ -108,8 +106,7 @@ def _keywords(layer: _BatchNorm, graph: fx.Graph, training: bool) -> _Keywords |
     state = {node.target: node for node in graph.nodes if node.op == "get_attr"}
     (x,) = (node for node in graph.nodes if node.op == "placeholder")
     (norm,) = (node for node in graph.nodes if node.target is F.batch_norm)
-    given = _ARGUMENTS.bind(*norm.args, **norm.kwargs)
-    given.apply_defaults()
+    given = arguments_of_norm(norm)
     tracking = training and layer.track_running_stats
     tensors = {name: getattr(layer, name) for name in _TENSORS}
     if training and not tracking:
@@ -117,7 +114,7 @@ def _keywords(layer: _BatchNorm, graph: fx.Graph, training: bool) -> _Keywords |
     expected = {name: None if tensor is None else state[name] for name, tensor in tensors.items()}
     expected |= {"input": x, "training": training or layer.running_mean is None, "eps": layer.eps}
     expected |= {"momentum": layer.momentum} if tracking else {}
-    if any(given.arguments[name] != value for name, value in expected.items()):
+    if any(given[name] != value for name, value in expected.items()):
         return None
     counted = [node for node in graph.nodes if node.target == "add_"]
     calls = [(node.args, node.kwargs) for node in counted]

@@ -64,7 +64,11 @@ struct BackwardWork {
 
   int64_t stride() const { return args.extent.channels * opmath_bytes(args.dtype); }  // bytes
 
-  bool from_input() const { return slope == SlopeClass::relu || slope == SlopeClass::called; }
+  // Whether a tile finds dz from z, and not Phase::scale alone.
+  bool from_input() const {
+    const bool reads_x = args.batch_statistics || at_once || sums_wanted;
+    return reads_x && (slope == SlopeClass::relu || slope == SlopeClass::called);
+  }
 
   void prepare(int64_t begin, int64_t end) const { folds.prepare_backward(vectors, begin, end); }
   bool recenter(int64_t, int64_t, const Sums*) const { return false; }

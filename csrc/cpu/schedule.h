@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cstddef>
 #include <memory>
+#include <stdexcept>
 #include <vector>
 
 #include "cpu/tiles.h"
@@ -58,6 +59,8 @@ template <class Work>
 void run(const Plan& plan, Work& work) {
   const Geometry& geometry = plan.geometry;
   const int64_t channels = geometry.extent.channels;
+  if ((plan.schedule == Schedule::map) != (work.reduce == nullptr))
+    throw std::logic_error("bnext: the plan and the call do not agree on what is reduced");
   auto tile_at = [&](int64_t slab, int64_t chunk) {
     const int64_t channel = slab * plan.slab_channels, begin = chunk * plan.chunk_length;
     return Tile{channel, std::min(channel + plan.slab_channels, channels), begin,

@@ -54,13 +54,14 @@ struct Operands {
 // scratch_bytes.
 using TileFunction = void (*)(const Operands&, const Geometry&, const Tile&, void* scratch, Sums* sums);
 
-// With fixed statistics dx comes with the sums, or, without sums, from dy and perhaps a mask alone.
+// With fixed statistics dx comes with the sums, or, where neither they nor x are wanted, from dy and perhaps
+// a mask alone.
 enum class Phase : uint8_t { moments, normalize, grad_sums, input_grad, grad_sums_and_input_grad, scale };
 
 // Activations as forward tiles know them: relu is compiled into the loops, the others are called.
 enum class ActivationClass : uint8_t { none, relu, called };
 
-// What the activation's input has besides x, and backward a bit of.
+// What normalize does besides: nothing; write a mask; add a residual, and write a mask if there is one.
 enum class Beside : uint8_t { nothing, mask, residual };
 
 // Where dz comes from: dy alone; z of relu; the mask of what blocks all; anything, by tests and calls.

@@ -36,6 +36,7 @@ struct Call {
   int64_t has_residual, has_weight, has_bias, has_running, has_counter;
   int64_t training, cumulative, unbiased, skip_nonfinite;
   int64_t in_place, mask;  // y over x; forward writes a mask, which backward reads
+  int64_t spoils_x;        // x is NaN in backward
   int64_t backward, want_dx, want_dweight, want_dbias, want_dresidual;
   // Elements from a boundary of 16 bytes to the tensor.
   int64_t shift_x, shift_dy, shift_out, shift_residual, shift_dresidual;
@@ -230,6 +231,7 @@ void make(const Call& call, std::istream& in, std::ostream& out) {
   forward_took = run_planned(forward, forward.batch_statistics ? Pass::forward : Pass::inference, device,
                              engine, cuda::forward);
 
+  if (call.spoils_x != 0) std::memset(data(x), kPoison, static_cast<size_t>(extent.numel() * size_of(dtype)));
   if (call.backward != 0) {
     BackwardArgs backward;
     backward.extent = extent;
