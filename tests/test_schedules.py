@@ -120,6 +120,15 @@ def test_few_images_have_no_rows_to_share_a_sum(backward: bool) -> None:
 
 
 @pytest.mark.parametrize("backward", [False, True])
+def test_many_runs_of_64_elements_are_rows(backward: bool) -> None:
+    for dtype, most in ((torch.bfloat16, 16), (torch.float32, 128), (torch.float64, 512)):
+        plans = [bnext.plan((images, 64, 8, 8), dtype, backward=backward) for images in (most, most + 1)]
+        assert [plan.traversal for plan in plans] == ["planes", "rows"]
+    assert bnext.plan((1024, 64, 8, 10), backward=backward).traversal == "planes"
+    assert bnext.plan((1024, 64, 8, 8), training=False).traversal == "planes"  # nothing is summed
+
+
+@pytest.mark.parametrize("backward", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shape", [(8, 4096, 14, 14), (8, 2048, 28, 28), (8, 1024, 24, 24)])
 def test_short_planes_are_written_in_whole_lines(
