@@ -69,7 +69,7 @@ def _eps_of_graph(graph: fx.Graph) -> float | None:
     found = reader.form(output.args[0])
     if {*graph.nodes} - reader.seen != {output}:
         return None
-    eps = next(_numbers(found), 0.0)
+    eps = float(next(_numbers(found), 0))
     return eps if eps >= 0 and found in _formulas(eps) else None
 
 
