@@ -1,6 +1,6 @@
 // What happens to sixteen elements: reducers and maps, templates over the storage type.
 //
-// Included once per instruction set (see vector.h), after spans.h. A step takes the element offset and a Span.
+// Included once per instruction set (see vector.h), after spans.h. A step takes the offset and a Span.
 
 template <class A>
 struct LaneSums {
