@@ -25,9 +25,7 @@ from benchmarks.peers import Data, Subject, eager_module
 from benchmarks.shapes import Case
 
 SAMPLE_SECONDS = 1e-3  # a sample lasts at least this long: ten thousand ticks of the clock
-CALLS_BEFORE = (
-    3  # each sample: what was freed by the one before goes back to the system in the second or third
-)
+CALLS_BEFORE = 3  # a sample: the second or third gives back to the system what another had freed
 WARM_UP_CALLS = 3  # compiles, fills allocator caches, lets oneDNN keep its primitives
 
 # Largest error against torch in float64, as a share of the largest value: an implementation that is further

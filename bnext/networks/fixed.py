@@ -9,13 +9,12 @@ from torch.autograd import forward_ad as fwAD
 from ..attributes import captured_modules
 from ..drawn_in import DrawnIn, TakesDrawnIn, followed, what_follows
 from ..functional import batch_norm
-from .formula import eps_of
+from .formula import STATE, eps_of
 from .fused_forward import is_called_as, set_class
 from .tracing import takes
 
 __all__ = ["EPS", "FixedBatchNorm", "convert_fixed"]
 
-_TENSORS = ("running_mean", "running_var", "weight", "bias")  # in the order in which our function takes them
 EPS = "_fixed_eps"  # an attribute of layers that were converted
 
 
@@ -30,7 +29,7 @@ class FixedBatchNorm(TakesDrawnIn):
     ) -> Tensor:
         """Of (N, C, H, W), with a residual of its size and an activation as :meth:`bnext.BatchNorm2d.forward`."""
         residual, name, parameter = what_follows(residual, drawn_in, None, None)
-        running_mean, running_var, weight, bias = state = [getattr(self, tensor) for tensor in _TENSORS]
+        running_mean, running_var, weight, bias = state = [getattr(self, tensor) for tensor in STATE]
         if not _is_plain_call(input, state):
             if isinstance(residual, fx.Proxy) and residual.node.args == (None,):  # an argument left out
                 residual = None
@@ -81,9 +80,9 @@ def _is_plain(layer: nn.Module) -> bool:
     """Whether it has those four vectors and no other tensor, and its forward is that of its class."""
     added = {name for cls in (FixedBatchNorm, TakesDrawnIn) for name in vars(cls)} - {*dir(nn.Module)}
     return (
-        {name for name, t in (layer._parameters | layer._buffers).items() if t is not None} == {*_TENSORS}
+        {name for name, t in (layer._parameters | layer._buffers).items() if t is not None} == {*STATE}
         and not layer._modules
-        and all(isinstance(getattr(layer, name), Tensor) for name in _TENSORS)
+        and all(isinstance(getattr(layer, name), Tensor) for name in STATE)
         and is_called_as(layer, nn.Module)
         and takes(layer, 1)
         and "forward" not in vars(layer)

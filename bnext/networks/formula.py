@@ -14,9 +14,9 @@ from torch.nn import functional as F
 from .readers import arguments_of_norm
 from .tracing import MODES, Proxy, Tracer, traced
 
-__all__ = ["eps_of"]
+__all__ = ["STATE", "eps_of"]
 
-_STATE = ("running_mean", "running_var", "weight", "bias")  # in the order of that function
+STATE = ("running_mean", "running_var", "weight", "bias")  # in the order of torch's function and ours
 # How a vector becomes the channels of (N, C, H, W): the operation's further arguments.
 _SPREAD: dict[str, tuple[tuple[Any, ...], ...]] = {
     "reshape": ((1, -1, 1, 1), ((1, -1, 1, 1),), ([1, -1, 1, 1],)),
@@ -159,9 +159,9 @@ class _Reader:
 
     def _function(self, node: fx.Node) -> _Form:
         given = arguments_of_norm(node)
-        state = [self.form(given[name], True) for name in _STATE]
+        state = [self.form(given[name], True) for name in STATE]
         x, eps = self.form(given["input"]), given["eps"]
-        fits = x == "x" and state == [*_STATE] and given["training"] is False
+        fits = x == "x" and state == [*STATE] and given["training"] is False
         return ("batch_norm", eps) if fits else None
 
 
