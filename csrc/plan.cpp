@@ -16,6 +16,7 @@ constexpr int64_t kMappedRun = 32;  // and where nothing is summed: memory order
 constexpr int64_t kFewRows = 4;     // over so few a sum for each column costs more than ends of planes,
 constexpr int64_t kRunOfFew = 24;   // which then may be as short
 constexpr int64_t kRunBytes = 16 << 10;  // contiguous bytes a slab should read per outer index: four pages
+constexpr int64_t kPageBytes = 4 << 10;  // and at least so many, if only the last cache has room
 constexpr int64_t kMapBytes = 1 << 20;   // where nothing is reduced, of large tensors: memory order is best
 constexpr int64_t kColumnBytes =
     8 << 10;  // narrowest column slab: with narrower ones a call takes up to twice as long
@@ -107,9 +108,11 @@ Plan make_plan(const Problem& problem, const Machine& machine) {
         kLineBytes / std::gcd(e.inner * element, kLineBytes);  // channels per whole number of lines
     const int64_t run_bytes = maps_only ? std::min(tensor_bytes / parts, kMapBytes) : kRunBytes;
     const int64_t wanted = round_up(ceil_div(run_bytes, e.inner * element), unit);
+    const auto holds = [&](int64_t cache) { return cache / std::max<int64_t>(1, channel_bytes); };
     const int64_t affordable =
         maps_only ? wanted
-                  : std::max<int64_t>(1, machine.private_cache / 2 / std::max<int64_t>(1, channel_bytes));
+                  : std::max({int64_t{1}, holds(machine.private_cache / 2),
+                              std::min(ceil_div(kPageBytes, e.inner * element), holds(share))});
     // For whole lines a slab may lie in the shared cache.
     const int64_t step = affordable >= unit || unit * channel_bytes <= share / 2 ? unit : 1;
     const int64_t widest =
@@ -155,9 +158,10 @@ Plan make_plan(const Problem& problem, const Machine& machine) {
     plan.schedule = Schedule::map;
   } else {
     // A thread's last slab must not leave the others idle: at most an eighth of the work may be lost to
-    // imbalance.
-    const int64_t turns = ceil_div(plan.slabs, plan.threads);
-    const bool balanced = turns * plan.threads * 8 <= plan.slabs * 9;
+    // imbalance, in short rows what a second parallel region costs.
+    const int64_t busiest = std::min(ceil_div(plan.slabs, plan.threads) * plan.slab_channels, e.channels);
+    const bool short_rows = plan.geometry.traversal == Traversal::rows && e.numel() < 2 * kSerialElements;
+    const bool balanced = short_rows || busiest * plan.threads * 8 <= e.channels * 9;
     plan.schedule = fits && balanced ? Schedule::fused : Schedule::split;
   }
 
