@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from host_engine import HostCall, Result, run
+from host_calls import HostCall, Result
+from host_engine import run
 
 
 def check_mask(call: HostCall, result: Result) -> None:

@@ -12,8 +12,8 @@ from dataclasses import replace
 import pytest
 
 from cases import BFLOAT16, FLOAT16, FLOAT32
+from host_calls import HostCall, Result, Schedule
 from host_checks import run_and_check
-from host_engine import HostCall, Result, Schedule
 
 ALONE = Schedule(engine="resident")
 SHARING = replace(ALONE, multiprocessors=24, shared_memory=16 << 10, multiprocessor_memory=34 << 10)

@@ -31,8 +31,8 @@ from cases import (
     Dtypes,
     Mode,
 )
+from host_calls import SMALL, HostCall, Schedule
 from host_checks import check, run_and_check
-from host_engine import SMALL, HostCall, Schedule
 from outliers import LONG, MISLED, looked_at
 from problem import make
 

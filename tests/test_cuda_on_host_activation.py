@@ -27,8 +27,8 @@ from cases import (
     Dtypes,
     Mode,
 )
+from host_calls import SMALL, HostCall, Schedule
 from host_checks import check, run_and_check
-from host_engine import SMALL, HostCall, Schedule
 from problem import make_active
 
 # Selections, an elementary function, a parameter.

@@ -11,8 +11,8 @@ from torch import Tensor
 
 import host_engine
 from cases import DTYPES, EVAL, LAYOUT, MODES, TRAIN, Active, Dtypes, Mode
+from host_calls import SMALL, HostCall, Result, Schedule
 from host_checks import run_and_check
-from host_engine import SMALL, HostCall, Result, Schedule
 from problem import joined, make_active
 from resident_cases import ALONE, IN_TURNS, SHARED, every_kept
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 
 from cases import FLOAT32, LAYOUT, TRAIN, Active, Dtypes
-from host_engine import HostCall, Schedule
+from host_calls import HostCall, Schedule
 from problem import joined, make
 from resident_cases import ALONE, CLUSTERS, IN_TURNS, SHARED, SHARING, every_kept, run_resident
 

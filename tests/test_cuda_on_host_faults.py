@@ -6,8 +6,8 @@ import pytest
 
 import host_engine
 from cases import DTYPES, FLOAT32, LAYOUT, MODES, TRAIN, Dtypes
+from host_calls import SMALL, Fault, HostCall, Schedule
 from host_checks import run_and_check
-from host_engine import SMALL, Fault, HostCall, Schedule
 from problem import make
 
 

@@ -9,16 +9,8 @@ import pytest
 import on_host
 
 FOLDER = Path(__file__).resolve().parent / "cuda_on_host"
-SOURCES = [
-    FOLDER / name
-    for name in (
-        "model_test.cpp",
-        "planted_faults.cpp",
-        "together_scenarios.cpp",
-        "copy_scenarios.cpp",
-        *on_host.MODEL,
-    )
-]
+_PARTS = ("model_test", "planted_faults", "together_scenarios", "copy_scenarios")
+SOURCES = [*(FOLDER / f"{name}.cpp" for name in _PARTS), *on_host.MODEL]
 
 GOOD = [
     "block_sum",

@@ -13,8 +13,8 @@ import torch
 
 import host_engine
 from cases import DTYPES, KEPT_LAYOUTS, LAYOUT, SHAPE_OF_RANK, UNTRACKED, Active, Dtypes
+from host_calls import SMALL, HostCall, Schedule
 from host_checks import check, run_and_check
-from host_engine import SMALL, HostCall, Schedule
 from problem import Problem, make_active
 
 every_dtype = pytest.mark.parametrize("dtypes", DTYPES, ids=str)

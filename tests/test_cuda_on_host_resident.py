@@ -29,8 +29,8 @@ from cases import (
     Active,
     Dtypes,
 )
+from host_calls import SHIFTS, SMALL, HostCall, Schedule
 from host_checks import check
-from host_engine import SHIFTS, SMALL, HostCall, Schedule
 from problem import Problem, joined, make, make_active
 from resident_cases import ALONE, CLUSTERS, IN_TURNS, SHARED, SHARING, every_kept, run_resident
 

@@ -8,7 +8,7 @@ import pytest
 
 import host_engine
 from cases import BFLOAT16, FLOAT16, FLOAT32, LAYOUT, TRAIN, Active, Dtypes
-from host_engine import SMALL, Fault, HostCall, Schedule
+from host_calls import SMALL, Fault, HostCall, Schedule
 from problem import joined, make, make_active
 from resident_cases import ALONE, IN_TURNS, SHARED, SHARING, run_resident
 

@@ -28,8 +28,8 @@ from cases import (
     Dtypes,
     Mode,
 )
+from host_calls import SHIFTS, SMALL, Fault, HostCall, Schedule
 from host_checks import run_and_check
-from host_engine import SHIFTS, SMALL, Fault, HostCall, Schedule
 from problem import Problem, joined, make_active
 
 # By a mask, by a mask with two thresholds, with the residual once more, without either.

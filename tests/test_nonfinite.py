@@ -10,7 +10,7 @@ import bnext
 import host_engine
 from bnext.functional import batch_norm
 from cases import DTYPES, FLOAT16, FLOAT32, LAYOUT, SHAPE_OF_RANK, TRAIN, Dtypes
-from host_engine import HostCall, Schedule
+from host_calls import HostCall, Schedule
 from problem import make
 
 BAD = [1, 3]  # channels of five

@@ -16,12 +16,10 @@ import bnext
 from bnext.functional import batch_norm
 from cases import BFLOAT16_WITH_FLOAT32, FLOAT32, FLOAT64, LAYOUT, Dtypes
 from problem import Problem
+from processors import RUNNABLE
 
 ROOT = Path(__file__).resolve().parents[1]
 BUILD = bnext.build_info()
-SETS = list(BUILD["instruction_sets"])
-# From the chosen one on: the table is ordered, and what comes before it this machine cannot run.
-RUNNABLE = SETS[SETS.index(BUILD["instruction_set"]) :]
 
 
 def python(instruction_set: str, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -217,3 +215,19 @@ def test_frozen_and_larger_than_the_last_level_cache(
             assert torch.equal(whole[example : example + 1], alone)
     if residual:
         assert torch.equal(grads[1], dy.where(y > 0, torch.zeros_like(dy)))
+
+
+def test_a_slab_reads_a_page_of_every_plane_where_the_last_cache_holds_it() -> None:
+    """Half of it or more, so that threads have as many channels each."""
+    run, images = 8 * 12 * 4, 256
+    room = BUILD["shared_cache"] // 2 // 2
+    widest = min(-(-4096 // run), room // (run * images))
+    plan = bnext.plan((images, 64, 8, 12), threads=2)
+    assert plan.traversal == "planes" and 2 * plan.slab_channels >= widest
+
+
+@pytest.mark.parametrize("channels,schedule", [(3, "split"), (4, "fused"), (5, "split"), (32, "fused")])
+def test_no_thread_is_left_idle_for_a_last_slab(channels: int, schedule: str) -> None:
+    shape = (256, channels, 28, 28)
+    assert bnext.plan(shape, threads=2).schedule == schedule
+    assert bnext.plan(shape, threads=1).schedule == "fused"

@@ -1,0 +1,22 @@
+"""What the CPU engine may find itself on: instruction sets of this machine, and machines to make plans for."""
+
+from __future__ import annotations
+
+import bnext
+from host_calls import Processor
+
+_BUILD = bnext.build_info()
+SETS = list(_BUILD["instruction_sets"])
+# From the chosen one on: the table is ordered, and what comes before it this machine cannot run.
+RUNNABLE = SETS[SETS.index(_BUILD["instruction_set"]) :]
+
+SMALL = Processor(
+    threads=3, private_cache=4 << 10, shared_cache=16 << 10
+)  # has room for no slab of the tests
+# Whose plans cut a tensor in every way: no cache but the core's own, slabs of some channels, many threads.
+MACHINES = [
+    Processor(),
+    SMALL,
+    Processor(threads=2, private_cache=64 << 10, shared_cache=1 << 20),
+    Processor(threads=4, shared_cache=64 << 20, cache_of_host=True),
+]
