@@ -147,6 +147,14 @@ def test_additions(name: str) -> None:
     torch.testing.assert_close(step(fused, images()), step(network, images()), **CLOSE)
 
 
+def test_modules_called_by_keyword() -> None:
+    parts = {"norm": nn.BatchNorm2d(3), "f": nn.ReLU()}
+    network = Net(lambda net, x: net.f(input=net.norm(input=x) + x), **parts).double()
+    fused = bnext.fuse(network, images())
+    assert counts(fused) == {"norm+add+relu": 1}
+    torch.testing.assert_close(step(fused, images()), step(network, images()), **CLOSE)
+
+
 def test_identities_stand_in_nobodys_way() -> None:
     def forward(net: Net, x: torch.Tensor) -> torch.Tensor:
         return net.rest(net.f(net.drop(net.norm(x)) + net.rest(x)))

@@ -56,7 +56,8 @@ def _draw_in(module: nn.Module, node: fx.Node, layer: TakesDrawnIn, order: dict[
     """The addition and the activation after one call of a layer, where they are the same in it."""
     if not layer._is_bare() or has_hooks(layer):
         return False
-    if node.kwargs or len(node.args) != 1:
+    inputs = [*node.args, *node.kwargs.values()]
+    if len(inputs) != 1 or not node.kwargs.keys() <= {"input"}:
         return False
     residual, added = _residual(module, node, order)
     found, activated = activation_of(module, added[-1] if added else node)
@@ -66,7 +67,7 @@ def _draw_in(module: nn.Module, node: fx.Node, layer: TakesDrawnIn, order: dict[
     drawn[-1].replace_all_uses_with(node)
     for erased in reversed(drawn):
         node.graph.erase_node(erased)
-    node.kwargs = {"drawn_in": (residual, *(found or (None, None)))}
+    node.args, node.kwargs = tuple(inputs), {"drawn_in": (residual, *(found or (None, None)))}
     return True
 
 
