@@ -96,8 +96,9 @@ Plan make_plan(const Problem& problem, const Machine& machine) {
   const int64_t tensor_bytes = e.numel() * element;
   const int64_t kept = std::max<int64_t>(tensors.read_by_reduce, 1);  // tensors between the two passes
 
-  // Slab width. Channels are grouped until a slab reads kRunBytes in one go, then as cache allows; where
-  // nothing is reduced, until it reads kMapBytes or one of few parts.
+  // Slab width. Channels are grouped until a slab reads kRunBytes in one go, as far as a core's own cache
+  // allows, or for kPageBytes the last one; where nothing is reduced, until it reads kMapBytes or one of few
+  // parts.
   const int64_t threads = e.numel() < kSerialElements ? 1 : std::max(1, machine.threads);
   const int64_t parts = threads == 1 ? 1 : kFewParts;
   const int64_t share = std::max(machine.private_cache, machine.shared_cache / 2 / threads);
@@ -158,11 +159,10 @@ Plan make_plan(const Problem& problem, const Machine& machine) {
     plan.schedule = Schedule::map;
   } else {
     // A thread's last slab must not leave the others idle: at most an eighth of the work may be lost to
-    // imbalance, in short rows what a second parallel region costs.
+    // imbalance. What is split shares out chunks, and gains nothing where a slab is one.
     const int64_t busiest = std::min(ceil_div(plan.slabs, plan.threads) * plan.slab_channels, e.channels);
-    const bool short_rows = plan.geometry.traversal == Traversal::rows && e.numel() < 2 * kSerialElements;
-    const bool balanced = short_rows || busiest * plan.threads * 8 <= e.channels * 9;
-    plan.schedule = fits && balanced ? Schedule::fused : Schedule::split;
+    const bool shared_out = plan.chunks == 1 || busiest * plan.threads * 8 <= e.channels * 9;
+    plan.schedule = fits && shared_out ? Schedule::fused : Schedule::split;
   }
 
   const bool cached = plan.schedule != Schedule::split || tensor_bytes * kept <= machine.shared_cache / 2;
@@ -177,8 +177,9 @@ Plan make_plan(const Problem& problem, const Machine& machine) {
       problem.mask * mask;
 
   // Past the cache only what would hardly stay there: the call's tensors exceed it, or two thirds of it where
-  // others use it too, in training the rest of a step, on a host other machines. Whole lines only: a line
-  // that is half streamed, half cached costs several times what streaming saves.
+  // others use it too, in training the rest of a step, on a host other machines. Rows of float32 that all but
+  // fill it take 1.2 to 2 times as long within it, planes 0.7 to 1.2 (Zen 4). Whole lines only: a line that
+  // is half streamed, half cached costs several times what streaming saves.
   const auto whole_lines = [&](int64_t elements) { return elements * element % kLineBytes == 0; };
   bool in_lines = whole_lines(e.inner);
   if (plan.geometry.traversal == Traversal::rows) {
@@ -189,9 +190,8 @@ Plan make_plan(const Problem& problem, const Machine& machine) {
   }
   const int64_t last_cache = std::max(machine.private_cache, machine.shared_cache);
   const bool alone = problem.pass == Pass::inference && !machine.cache_of_host;
-  // Rows of float32 that all but fill it take 1.2 to 2 times as long within it, planes 0.7 to 1.2: Zen 4.
-  const bool all_of_it = plan.geometry.traversal == Traversal::planes || element < 4;
-  const int64_t room = !alone ? last_cache / 3 * 2 : all_of_it ? last_cache : last_cache / 16 * 15;
+  const bool float_rows = plan.geometry.traversal == Traversal::rows && problem.dtype == Dtype::float32;
+  const int64_t room = !alone ? last_cache / 3 * 2 : float_rows ? last_cache / 16 * 15 : last_cache;
   plan.beyond_cache = plan.bytes_minimum > room;
   plan.fetches_first = plan.beyond_cache && machine.first_cache >= kFirstCache;
   plan.streaming_stores = plan.beyond_cache && in_lines && machine.shared_cache > 0;

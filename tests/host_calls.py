@@ -32,7 +32,7 @@ SMALL = [
     ((3, 7, 5, 4), "nhwc"),
 ]
 
-# Elements off a boundary of 16 bytes: x, dy and outputs; residual and its gradient.
+# Elements off where a place has them, `zones` on a boundary of 16 bytes: x, dy and outputs; residual and its gradient.
 SHIFTS = [
     ((0, 0, 0), (0, 0)),
     ((1, 0, 1), (1, 0)),
@@ -104,7 +104,7 @@ class HostCall:
     fault: Fault = Fault()
     backward: bool = True
     wanted: tuple[bool, bool, bool] = (True, True, True)  # dx, dweight, dbias
-    shifts: tuple[int, int, int] = (0, 0, 0)  # elements off a boundary of 64 bytes: x, dy, outputs
+    shifts: tuple[int, int, int] = (0, 0, 0)  # elements off where `place` has them: x, dy, outputs
     residual_shifts: tuple[int, int] = (0, 0)  # the same: residual, dresidual
     mask: bool = True
     keeps_input: bool = True
@@ -113,7 +113,7 @@ class HostCall:
         False  # moments, normalize, grad_sums, input_grad as calls of their own, for a batch's statistics
     )
     counter: int | None = None
-    place: str = "zones"
+    place: str = "zones"  # of PLACES; `last` has no shifts
     processor: Processor = Processor()
 
     @property

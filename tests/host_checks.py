@@ -1,4 +1,4 @@
-"""What is asked of results of the CUDA kernels on the CPU: nearness to the float64 reference, every bit of a mask."""
+"""What is asked of an engine that runs outside of torch: nearness to the float64 reference, every bit of a mask."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from host_calls import HostCall, Result
-from host_engine import run
+from host_engine import CUDA, Engine, run
 
 
 def check_mask(call: HostCall, result: Result) -> None:
@@ -57,8 +57,8 @@ def check(call: HostCall, result: Result) -> None:
     check_mask(call, result)
 
 
-def run_and_check(calls: Sequence[HostCall], variant: str = "plain") -> list[Result]:
-    results = run(calls, variant)
+def run_and_check(calls: Sequence[HostCall], variant: str = "plain", engine: Engine = CUDA) -> list[Result]:
+    results = run(calls, variant, engine)
     for call, result in zip(calls, results, strict=True):
         check(call, result)
     return results

@@ -37,7 +37,7 @@ CUDA = Engine(
 
 
 def cpu(instruction_set: str) -> Engine:
-    """With the kernels for one of bnext.build_info()'s."""
+    """On the kernels of this one of bnext.build_info()["instruction_sets"]."""
     tiles = [CSRC / "cpu" / f"tiles_{name}.cpp" for name in ("baseline", "v3", "v4")]
     others = [CSRC / "cpu" / f"{name}.cpp" for name in ("backward", "forward", "machine")]
     return Engine(

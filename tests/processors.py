@@ -13,10 +13,11 @@ RUNNABLE = SETS[SETS.index(_BUILD["instruction_set"]) :]
 SMALL = Processor(
     threads=3, private_cache=4 << 10, shared_cache=16 << 10
 )  # has room for no slab of the tests
-# Whose plans cut a tensor in every way: no cache but the core's own, slabs of some channels, many threads.
+# Whose plans cut a tensor in every way: no cache but the core's own, slabs of some channels, a cache of which the third
+# that others use would be wanted.
 MACHINES = [
     Processor(),
     SMALL,
     Processor(threads=2, private_cache=64 << 10, shared_cache=1 << 20),
-    Processor(threads=4, shared_cache=64 << 20, cache_of_host=True),
+    Processor(threads=4, private_cache=256 << 10, shared_cache=420_000, cache_of_host=True),
 ]

@@ -23,10 +23,10 @@ namespace on_host {
 // elements'.
 enum class Place : uint8_t { zones, first, last };
 
-constexpr size_t kZone = 256;
+constexpr size_t kZone = 272;  // bytes: what lies behind it is on a boundary of 16 and of no more
 constexpr unsigned char kUntouched = 0xA5, kPoison = 0xFF;
 
-// Of exactly this size, poisoned. shift: bytes past a boundary of 64, unless `last`.
+// Of exactly this size, poisoned. shift: bytes from where the place has it, unless that is `last`.
 class Buffer {
  public:
   Buffer(size_t bytes, size_t shift, Place place) : bytes_(bytes) {

@@ -29,7 +29,7 @@ struct Call {
   int64_t in_place, mask;  // y over x; forward writes a mask, which backward reads
   int64_t spoils_x;        // x is NaN in backward
   int64_t backward, want_dx, want_dweight, want_dbias, want_dresidual;
-  // Elements from a boundary of 64 bytes to the tensor.
+  // Elements from where the place has the tensor; `last` knows none.
   int64_t shift_x, shift_dy, shift_out, shift_residual, shift_dresidual;
   int64_t place;  // as in buffers.h
   // What a CUDA call has besides.
@@ -123,7 +123,7 @@ void make(const Call& call, std::istream& in, std::ostream& out, Run run) {
   const Took forward_took = run(forward, forward.batch_statistics ? Pass::forward : Pass::inference);
 
   Took backward_took{};
-  if (call.spoils_x != 0) std::memset(data(x), kPoison, static_cast<size_t>(extent.numel() * size_of(dtype)));
+  if (call.spoils_x != 0) std::memset(x->data(), kPoison, x->bytes());
   if (call.backward != 0) {
     BackwardArgs backward;
     backward.extent = extent;
