@@ -109,11 +109,10 @@ Plan make_plan(const Problem& problem, const Machine& machine) {
         kLineBytes / std::gcd(e.inner * element, kLineBytes);  // channels per whole number of lines
     const int64_t run_bytes = maps_only ? std::min(tensor_bytes / parts, kMapBytes) : kRunBytes;
     const int64_t wanted = round_up(ceil_div(run_bytes, e.inner * element), unit);
-    const auto holds = [&](int64_t cache) { return cache / std::max<int64_t>(1, channel_bytes); };
     const int64_t affordable =
         maps_only ? wanted
-                  : std::max({int64_t{1}, holds(machine.private_cache / 2),
-                              std::min(ceil_div(kPageBytes, e.inner * element), holds(share))});
+                  : std::max({int64_t{1}, machine.private_cache / 2 / channel_bytes,
+                              std::min(ceil_div(kPageBytes, e.inner * element), share / channel_bytes)});
     // For whole lines a slab may lie in the shared cache.
     const int64_t step = affordable >= unit || unit * channel_bytes <= share / 2 ? unit : 1;
     const int64_t widest =
@@ -129,7 +128,7 @@ Plan make_plan(const Problem& problem, const Machine& machine) {
     const int64_t widest = std::max(unit, kTileBytes / element / e.inner / unit * unit);
     const int64_t narrowest =
         std::min({widest, e.channels, round_up(ceil_div(kColumnBytes, e.inner * element), unit)});
-    const int64_t affordable = share / std::max<int64_t>(1, channel_bytes) / unit * unit;
+    const int64_t affordable = share / channel_bytes / unit * unit;
     fits = affordable >= narrowest;
     plan.slab_channels = std::min(fits ? std::clamp(affordable, narrowest, widest) : widest, e.channels);
   }

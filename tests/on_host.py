@@ -58,8 +58,9 @@ def compiler() -> list[str]:
 def _compile(variant: str) -> list[str]:
     # The last two: vectors are passed between inlined functions only, and GCC 12 takes its own AVX-512 intrinsics for
     # uninitialised.
-    quiet = ["-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Wno-psabi", "-Wno-maybe-uninitialized"]
-    return [*compiler(), "-std=c++20", "-ffp-contract=off", *quiet, *VARIANTS[variant]]
+    flags = ["-std=c++20", "-ffp-contract=off", "-Wall", "-Wextra"]
+    flags += ["-Wno-unknown-pragmas", "-Wno-psabi", "-Wno-maybe-uninitialized"]
+    return [*compiler(), *flags, *VARIANTS[variant]]
 
 
 @contextlib.contextmanager

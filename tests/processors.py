@@ -6,13 +6,12 @@ import bnext
 from host_calls import Processor
 
 _BUILD = bnext.build_info()
-SETS = list(_BUILD["instruction_sets"])
+_SETS = list(_BUILD["instruction_sets"])
 # From the chosen one on: the table is ordered, and what comes before it this machine cannot run.
-RUNNABLE = SETS[SETS.index(_BUILD["instruction_set"]) :]
+RUNNABLE = _SETS[_SETS.index(_BUILD["instruction_set"]) :]
 
-SMALL = Processor(
-    threads=3, private_cache=4 << 10, shared_cache=16 << 10
-)  # has room for no slab of the tests
+# Has room for no slab of the tests.
+SMALL = Processor(threads=3, private_cache=4 << 10, shared_cache=16 << 10)
 # Whose plans cut a tensor in every way: no cache but the core's own, slabs of some channels, a cache of which the third
 # that others use would be wanted.
 MACHINES = [

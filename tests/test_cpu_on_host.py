@@ -56,7 +56,6 @@ SHARED = [
 every_set = pytest.mark.parametrize("instruction_set", RUNNABLE)
 every_dtype = pytest.mark.parametrize("dtypes", DTYPES, ids=str)
 
-
 VARIANT = "thread" if on_host.unavailable("thread") is None else "plain"
 
 

@@ -1,6 +1,6 @@
-// The CPU engine's own sources without torch: plans for any machine, every buffer against pages that cannot
-// be touched. Of each pass a result says its schedule, as in plan.h, how many tiles, on how many threads, and
-// whether stores went past the cache.
+// The CPU engine's own sources without torch, with plans for any machine. Of each pass a result says what was
+// planned: the schedule, as in plan.h, how many tiles, on how many threads, and whether stores are to go past
+// the cache.
 #include <ATen/Parallel.h>
 
 #include <type_traits>

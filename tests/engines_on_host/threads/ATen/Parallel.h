@@ -3,8 +3,6 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <exception>
-#include <mutex>
 #include <thread>
 #include <vector>
 
@@ -24,21 +22,10 @@ void parallel_for(int64_t begin, int64_t end, int64_t grain, const F& f) {
   const int64_t most =
       std::min<int64_t>(loops.threads, (end - begin + grain - 1) / std::max<int64_t>(1, grain));
   const int64_t length = most > 0 ? (end - begin + most - 1) / most : 0;
-  std::exception_ptr failed;
-  std::mutex one_at_a_time;
   std::vector<std::thread> threads;
-  for (int64_t from = begin; from < end; from += length) {
-    threads.emplace_back([&, from] {
-      try {
-        f(from, std::min(from + length + loops.overlap, end));
-      } catch (...) {
-        const std::lock_guard lock(one_at_a_time);
-        failed = std::current_exception();
-      }
-    });
-  }
+  for (int64_t from = begin; from < end; from += length)
+    threads.emplace_back(f, from, std::min(from + length + loops.overlap, end));
   for (std::thread& thread : threads) thread.join();
-  if (failed) std::rethrow_exception(failed);
 }
 
 }  // namespace at
