@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import random
 import types
+import weakref
 from collections import deque
 from typing import Any
 
@@ -11,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-__all__ = ["HOOKS", "are_hooked", "captured_modules", "contents", "has_hooks", "same"]
+__all__ = ["HOOKS", "are_hooked", "captured_modules", "contents", "has_hooks", "is_held_otherwise", "same"]
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 # Torch's dictionaries of hooks into all modules.
@@ -81,20 +83,48 @@ def captured_modules(module: nn.Module) -> list[str]:
         f"{name}.{key}" if name else key
         for name, part in module.named_modules()
         for key, value in vars(part).items()
-        if isinstance(value, types.FunctionType)
-        and any(id(_content_of(cell)) in own for cell in value.__closure__ or ())
+        if isinstance(value, types.FunctionType) and any(id(one) in own for one in _enclosed(value))
     ]
+
+
+def is_held_otherwise(child: nn.Module, module: nn.Module) -> bool:
+    """Whether an attribute of one of the module's parts leads to the child, but for the names of children: through
+    containers, objects, functions around it, bound methods and partial ones."""
+    waiting = [value for part in module.modules() for name, value in vars(part).items() if name != "_modules"]
+    seen: dict[int, object] = {}  # kept, so that no other object takes its number
+    while waiting and len(seen) < _MOST:
+        value = waiting.pop()
+        if value is child:
+            return True
+        if id(value) not in seen:
+            seen[id(value)] = value
+            waiting += _items(value) + _attributes(value) + _called(value)
+    return False
 
 
 def _is_torchs(cls: type) -> bool:
     return cls.__module__.split(".")[0] in ("builtins", "torch", "typing", __name__.split(".")[0])
 
 
-def _content_of(cell: types.CellType) -> object:
-    try:
-        return cell.cell_contents
-    except ValueError:  # nothing is in it yet
-        return None
+def _enclosed(function: types.FunctionType) -> list[object]:
+    contents = []
+    for cell in function.__closure__ or ():
+        try:
+            contents.append(cell.cell_contents)
+        except ValueError:  # nothing is in it yet
+            continue
+    return contents
+
+
+def _called(value: Any) -> list[object]:
+    """What a callable has at hand when it is called."""
+    if isinstance(value, types.MethodType):
+        return [value.__self__, value.__func__]
+    if isinstance(value, functools.partial):
+        return [value.func, *value.args, *value.keywords.values()]
+    if isinstance(value, types.FunctionType):
+        return [*_enclosed(value), *(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()]
+    return [value()] if isinstance(value, weakref.ref) else []
 
 
 def _items(value: Any) -> list[object]:

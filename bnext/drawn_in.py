@@ -8,21 +8,16 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from .attributes import has_hooks
-from .torch_activations import apply
+from .torch_activations import followed
 
-__all__ = ["DrawnIn", "TakesDrawnIn", "followed", "what_follows"]
+__all__ = ["DrawnIn", "TakesDrawnIn", "what_follows"]
 
 DrawnIn = tuple[Tensor | None, str | None, float | None]  # residual, activation, activation_param
 
 
-def followed(y: Tensor, residual: Tensor | None, activation: str | None, parameter: float | None) -> Tensor:
-    """By torch's own functions."""
-    if residual is not None:
-        y = y + residual
-    return y if activation is None else apply(activation, parameter, y)
-
-
-_call: Callable[..., Any] = nn.Module._call_impl  # by name: every small call would feel a super()
+# By name: every small call would feel a super(), and a walk through torch.fx.
+_call: Callable[..., Any] = nn.Module._call_impl
+_Proxy = fx.Proxy
 
 
 def what_follows(
@@ -44,7 +39,15 @@ class TakesDrawnIn(nn.Module):
         return True
 
     def _call_impl(self, *args: Any, **kwargs: Any) -> Any:
-        """What torch calls a module by. Hooks see the layer by itself; what was drawn in follows them."""
+        """What torch calls a module by.
+
+        In a symbolic trace of what it is a part of the layer is one node, as torch's own are: the graph follows its
+        mode and its attributes, and hooks stay what they are. Otherwise hooks see the layer by itself, and what was
+        drawn in follows them.
+        """
+        input = args[0] if args else kwargs.get("input")
+        if isinstance(input, _Proxy) and isinstance(input.tracer, fx.Tracer):
+            return input.tracer.create_proxy("call_module", input.tracer.path_of_module(self), args, kwargs)
         if not kwargs or kwargs.get("drawn_in") is None or not has_hooks(self):
             return _call(self, *args, **kwargs)
         follows = what_follows(None, kwargs.pop("drawn_in"), None, None)

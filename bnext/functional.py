@@ -8,6 +8,7 @@ from torch import Tensor
 
 from . import _C
 from .holding import are_held
+from .inference import by_torch
 
 __all__ = ["ACTIVATIONS", "batch_norm", "check_activation"]
 
@@ -27,7 +28,15 @@ def check_activation(activation: str | None, activation_param: float | None, inp
         raise TypeError(f"expected activation as a name or None, but got {activation!r}")
     if not isinstance(activation_param, Real | None):
         raise TypeError(f"expected activation_param as a number or None, but got {activation_param!r}")
+    if not isinstance(inplace, bool):
+        raise TypeError(f"expected inplace as True or False, but got {inplace!r}")
     _C.check_activation(activation, None if activation_param is None else float(activation_param), inplace)
+
+
+def _require_tensor(name: str, given: object) -> None:
+    """Or what stands for one, by torch's protocol; the operator would name all of its arguments."""
+    if not isinstance(given, Tensor) and not hasattr(type(given), "__torch_function__"):
+        raise TypeError(f"expected {name} as a tensor, but got {type(given).__name__}")
 
 
 def batch_norm(
@@ -98,6 +107,7 @@ def batch_norm(
         (N, C, ...) of the input's dtype; with inplace the input itself.
 
     Raises:
+        TypeError: an input or a residual that is no tensor.
         ValueError: fewer than two dimensions, no channel, one value per channel in training, bad eps, an unknown
             activation, a parameter for one that has none or that is not finite; inplace with a residual or with an
             activation that cannot be inverted.
@@ -132,8 +142,17 @@ def batch_norm(
     if inplace:
         torch.ops.bnext.batch_norm_.default(input, *arguments)
         return input
-    # The same operator: 4 microseconds for a small batch, 10 by torch.ops, to which it leaves what only that can read.
-    output = None if torch.compiler.is_compiling() else _C.batch_norm(input, residual, *arguments)
+    if not torch.compiler.is_compiling():
+        # The same operator: 4 microseconds for a small batch, 10 by torch.ops, to which it leaves what only that reads.
+        output = _C.batch_norm(input, residual, *arguments)
+    elif training:
+        output = None
+    else:
+        vectors = (running_mean, running_var, weight, bias)
+        output = by_torch(input, vectors, eps, _ndims, residual, activation, activation_param)
     if output is None:
+        _require_tensor("input", input)
+        if residual is not None:
+            _require_tensor("residual", residual)
         output = torch.ops.bnext.batch_norm.default(input, residual, *arguments)[0]
     return output

@@ -36,8 +36,8 @@ def set_limit(limit: int) -> None:
 
     Raises:
         TypeError: not an integer.
-        ValueError: negative.
+        ValueError: negative, or 2**63 and more.
     """
-    if index(limit) < 0:
-        raise ValueError(f"expected a limit of 0 bytes or more, but got {limit}")
+    if not 0 <= index(limit) < 2**63:
+        raise ValueError(f"expected a limit of 0 to 2**63 - 1 bytes, but got {limit}")
     _C.set_cache_limit(limit)

@@ -48,10 +48,11 @@ class FusedBatchNorm(TakesDrawnIn, nn.modules.batchnorm._BatchNorm):
     """What the classes share.
 
     Every check on the input stands in the operator, before anything is touched, and forward does not look at the
-    input: a symbolic trace records one call.
+    input: a symbolic trace of a layer alone records one call.
     """
 
     _ndims: ClassVar[tuple[int, ...]]
+    frozen = False
 
     def __init__(
         self,
@@ -80,6 +81,25 @@ class FusedBatchNorm(TakesDrawnIn, nn.modules.batchnorm._BatchNorm):
         self.inplace = inplace
         self.skip_nonfinite = skip_nonfinite
         self.frozen = False
+
+    def reset_running_stats(self) -> None:
+        """As torch's, but a layer that :func:`bnext.freeze` has frozen keeps them: who resets statistics to have the
+        next batches fill them again, as torch.optim.swa_utils.update_bn does, would never get them back."""
+        if not self.frozen:
+            super().reset_running_stats()
+
+    def reset_parameters(self) -> None:
+        """As torch's, running statistics included, those of a frozen layer too."""
+        frozen, self.frozen = self.frozen, False
+        try:
+            super().reset_parameters()
+        finally:
+            self.frozen = frozen
+
+    @property
+    def _is_impure(self) -> bool:
+        """For torch.fx, which removes a call whose result nobody uses unless it is."""
+        return self.inplace
 
     def train(self, mode: bool = True) -> Self:
         """As every module's, but a layer that :func:`bnext.freeze` has frozen stays in eval."""
@@ -186,8 +206,8 @@ class SyncBatchNorm(FusedBatchNorm):
     processes may have no sample, and gradients can be differentiated. Statistics are those of one process in eval,
     without a process group, and in a group of one.
 
-    It is no subclass of torch's class, which DistributedDataParallel refuses on the CPU. Where it asks other processes
-    torch.compile takes it in one graph, but torch.fx does not trace it.
+    It is no subclass of torch's class, which DistributedDataParallel refuses on the CPU. torch.compile takes it in one
+    graph, where it asks other processes too.
 
     :func:`bnext.synchronize` makes it of other layers, :func:`bnext.convert` of torch's synchronized ones.
 

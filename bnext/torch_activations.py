@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ["Activation", "apply", "of_call", "of_module", "to_module"]
+__all__ = ["Activation", "apply", "followed", "of_call", "of_module", "to_module"]
 
 
 class Activation(NamedTuple):
@@ -88,6 +88,13 @@ def apply(activation: str, activation_param: float | None, y: Tensor) -> Tensor:
     given = () if activation_param is None else (activation_param,)
     activated: Tensor = _TABLE[activation].functions[0](y, *given)
     return activated
+
+
+def followed(y: Tensor, residual: Tensor | None, activation: str | None, parameter: float | None) -> Tensor:
+    """activation(y + residual) by torch's own functions."""
+    if residual is not None:
+        y = y + residual
+    return y if activation is None else apply(activation, parameter, y)
 
 
 def to_module(activation: str, activation_param: float | None) -> nn.Module:

@@ -121,11 +121,7 @@ DECLINED: dict[str, dict[str, Any]] = {
     "numpy eps": {"eps": np.float64(1e-5)},
 }
 WRONG: dict[str, dict[str, Any]] = {
-    "x, list": {"x": [[1.0, 2.0]]},
-    "x, array": {"x": np.ones((4, 3), np.float32)},
     "weight, float": {"weight": 1.0},
-    "residual, float": {"residual": 1.0},
-    "residual, list": {"residual": [[1.0] * 3] * 4},
     "running_mean, list": {"running_mean": [0.0] * 3},
     "training, text": {"training": "yes"},
     "momentum, text": {"momentum": "0.1"},

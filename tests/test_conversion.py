@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import copy
+import functools
+import types
+import weakref
+from collections import deque
 from collections.abc import Callable
 
 import pytest
@@ -178,11 +182,23 @@ def test_what_would_lose_something_is_not_restored() -> None:
         assert kinds(network) == before and layer.activation == "relu"
 
 
-@pytest.mark.parametrize(
-    "hold",
-    [lambda layer: layer, lambda layer: [layer], lambda layer: {"first": layer}],
-    ids=["", "list", "dict"],
-)
+HOLD: dict[str, Callable[[nn.Module], object]] = {
+    "itself": lambda layer: layer,
+    "list": lambda layer: [layer],
+    "value": lambda layer: {"first": layer},
+    "key": lambda layer: {layer: "first"},
+    "pairs": lambda layer: [(nn.ReLU(), layer)],
+    "deeper": lambda layer: {"first": deque([frozenset([layer])])},
+    "object": lambda layer: types.SimpleNamespace(first=[layer]),
+    "weak reference": weakref.ref,
+    "bound method": lambda layer: layer.forward,
+    "partial": lambda layer: functools.partial(nn.Module.__call__, layer),
+    "closure": lambda layer: lambda x: layer(x),
+    "default": lambda layer: lambda x, norm=layer: norm(x),
+}
+
+
+@pytest.mark.parametrize("hold", HOLD.values(), ids=HOLD)
 def test_a_layer_that_is_held_in_another_way_is_not_restored(hold: Callable[[nn.Module], object]) -> None:
     network = nn.Sequential(bnext.BatchNorm2d(3, activation="silu"), nn.BatchNorm2d(3))
     network.__dict__["way"] = hold(network[0])

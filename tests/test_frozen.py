@@ -66,6 +66,19 @@ def test_and_back() -> None:
     assert not model[1].training and all(p.requires_grad for p in model.parameters())
 
 
+def test_a_reset_to_fill_statistics_again_passes_by() -> None:
+    """torch.optim.swa_utils.update_bn resets every batch norm, and those that stay in eval would not be filled."""
+    model = bnext.freeze(network())
+    bnext.unfreeze(model[4])
+    kept, filled = copy.deepcopy(model[1].state_dict()), copy.deepcopy(model[4].state_dict())
+    torch.optim.swa_utils.update_bn([torch.randn(8, 3, 4, 5)], model)
+    assert all(torch.equal(t, kept[name]) for name, t in model[1].state_dict().items())
+    assert not torch.equal(model[4].running_mean, filled["running_mean"])
+    assert model[4].num_batches_tracked == 1
+    model[1].reset_parameters()
+    assert not model[1].running_mean.any() and model[1].weight.eq(1).all() and model[1].frozen
+
+
 def test_restore_leaves_eval() -> None:
     model = bnext.restore(bnext.freeze(network()).train())
     assert type(model[1]) is nn.BatchNorm2d and not model[1].training and not hasattr(model[1], "frozen")

@@ -102,7 +102,9 @@ def test_the_limit_holds_at_once_and_later() -> None:
     assert bnext.memory.cached_bytes() == BLOCK
 
 
-@pytest.mark.parametrize(("limit", "error"), [(-1, ValueError), (1.5, TypeError), ("1", TypeError)])
+@pytest.mark.parametrize(
+    ("limit", "error"), [(-1, ValueError), (2**63, ValueError), (1.5, TypeError), ("1", TypeError)]
+)
 def test_a_limit_that_is_none(limit: object, error: type[Exception]) -> None:
     with pytest.raises(error):
         bnext.memory.set_limit(limit)  # type: ignore[arg-type]

@@ -8,7 +8,7 @@ from typing import TypeVar
 from torch import Tensor, nn
 from torch import distributed as dist
 
-from ..attributes import has_hooks
+from ..attributes import has_hooks, is_held_otherwise
 from ..drawn_in import TakesDrawnIn
 from ..modules import OUR_ATTRIBUTES, OURS, FusedBatchNorm, SyncBatchNorm, require_module
 from ..torch_activations import to_module
@@ -167,8 +167,9 @@ def restore(module: nn.Module) -> nn.Module:
         TypeError: it is no module.
         ValueError: a layer with ``unbiased_running_var=False``, which torch cannot do; one of a subclass of ours, or
             parametrized; one of a subclass of torch's that was synchronized; one with an activation and hooks, for
-            there is no call left that both belong to, or that an attribute holds which is no child, where nobody could
-            put what stands for it; a module that came from :func:`bnext.fuse`. Nothing has changed then.
+            there is no call left that both belong to, or to which an attribute leads that is no child, as a list or a
+            function may, where nobody could put what stands for it; a module that came from :func:`bnext.fuse`.
+            Nothing has changed then.
     """
     require_module(module)
     if any(
@@ -194,7 +195,7 @@ def restore(module: nn.Module) -> nn.Module:
             continue
         if has_hooks(layer):
             raise ValueError(f"expected no hooks on a layer with an activation, but '{name}' has some")
-        if _is_held_otherwise(layer, module):
+        if is_held_otherwise(layer, module):
             raise ValueError(
                 "expected a layer with an activation to be called by the name that it is registered with, but "
                 f"'{name}' is held in another way too"
@@ -218,17 +219,3 @@ def restore(module: nn.Module) -> nn.Module:
             if child in stand_ins:
                 setattr(parent, name, stand_ins[child])
     return stand_ins.get(module, module)
-
-
-def _is_held_otherwise(layer: nn.Module, module: nn.Module) -> bool:
-    """Whether an attribute of a part of the module, or a list or the like in one, is or holds the layer."""
-    for part in module.modules():
-        for name, value in vars(part).items():
-            if name == "_modules":
-                continue
-            values = value.values() if isinstance(value, dict) else value
-            if value is layer or (
-                isinstance(value, dict | list | tuple | set) and any(one is layer for one in values)
-            ):
-                return True
-    return False

@@ -7,8 +7,9 @@ from torch import Tensor, fx, nn
 from torch.autograd import forward_ad as fwAD
 
 from ..attributes import captured_modules
-from ..drawn_in import DrawnIn, TakesDrawnIn, followed, what_follows
+from ..drawn_in import DrawnIn, TakesDrawnIn, what_follows
 from ..functional import batch_norm
+from ..torch_activations import followed
 from .formula import STATE, eps_of
 from .fused_forward import is_called_as, set_class
 from .tracing import takes
