@@ -34,10 +34,10 @@ constexpr int64_t kMaxParts = 64;  // slabs * chunks aimed at: enough for any th
 // Of the multiples of `unit` up to `most` and down to half of it the one that leaves the busiest thread the
 // fewest channels; the widest of several.
 int64_t balanced(int64_t most, int64_t unit, int64_t channels, int64_t threads) {
-  const auto share = [&](int64_t width) { return ceil_div(ceil_div(channels, width), threads) * width; };
+  const auto busiest = [&](int64_t width) { return ceil_div(ceil_div(channels, width), threads) * width; };
   int64_t best = most;
   for (int64_t width = most - unit; 2 * width >= most && width > 0; width -= unit) {
-    if (share(width) < share(best)) best = width;
+    if (busiest(width) < busiest(best)) best = width;
   }
   return best;
 }
@@ -59,6 +59,117 @@ Geometry make_geometry(const Extent& extent, int64_t element, bool maps_only) {
     if (e.outer >= 4 * fold) geometry.fold = fold;
   }
   return geometry;
+}
+
+// A problem on a machine, as it is cut below.
+struct Work {
+  Geometry geometry;
+  bool maps_only;                // nothing is summed
+  int64_t element;               // bytes
+  int64_t tensor_bytes;          // of one tensor
+  int64_t channel_bytes;         // of all tensors that are kept between the two passes
+  int64_t threads, parts;        // the parts are enough to balance the threads
+  int64_t private_cache, share;  // bytes: a core's own, and with its part of the last one
+
+  Work(const Problem& problem, const Machine& machine) {
+    const int64_t kept = traffic(problem).read_by_reduce;
+    maps_only = kept == 0;
+    element = size_of(problem.dtype);
+    geometry = make_geometry(problem.extent, element, maps_only);
+    tensor_bytes = geometry.extent.numel() * element;
+    channel_bytes = geometry.extent.count() * element * std::max<int64_t>(1, kept);
+    threads = geometry.extent.numel() < kSerialElements ? 1 : std::max(1, machine.threads);
+    parts = threads == 1 ? 1 : kFewParts;
+    private_cache = machine.private_cache;
+    share = std::max(private_cache, machine.shared_cache / 2 / threads);
+  }
+};
+
+// Positions. Where sums are taken from the shape alone, for widths of slabs depend on caches; wide rows can
+// also be shared out by columns, planes by channels or, where nothing is summed, by slabs.
+int64_t chunk_length(const Work& work, int64_t slabs) {
+  const Extent& e = work.geometry.extent;
+  const bool planes = work.geometry.traversal == Traversal::planes;
+  const int64_t positions = work.geometry.positions();
+  const int64_t shortest = std::max<int64_t>(1, kChunkElements / std::max<int64_t>(1, e.numel() / positions));
+  const int64_t across = !planes          ? ceil_div(work.geometry.row_length(), kSharedColumns)
+                         : work.maps_only ? slabs
+                                          : e.channels;
+  const int64_t length = std::max(ceil_div(positions, ceil_div(kMaxParts, across)), shortest);
+  const bool whole_runs =
+      planes && (length >= e.inner || (work.maps_only && 2 * e.outer * slabs >= work.parts));
+  return std::min(round_up(length, whole_runs ? e.inner : kLanes), positions);
+}
+
+// Channels. They are grouped until a slab reads kRunBytes in one go, as far as a core's own cache allows, or
+// for kPageBytes the last one; where nothing is summed, until it reads kMapBytes or one of few parts.
+int64_t slab_of_planes(const Work& work) {
+  const Extent& e = work.geometry.extent;
+  const int64_t run_bytes = e.inner * work.element;
+  const int64_t unit = kLineBytes / std::gcd(run_bytes, kLineBytes);  // channels per whole number of lines
+  const int64_t read_at_once =
+      work.maps_only ? std::min(work.tensor_bytes / work.parts, kMapBytes) : kRunBytes;
+  const int64_t wanted = round_up(ceil_div(read_at_once, run_bytes), unit);
+  const int64_t affordable =
+      work.maps_only ? wanted
+                     : std::max({int64_t{1}, work.private_cache / 2 / work.channel_bytes,
+                                 std::min(ceil_div(kPageBytes, run_bytes), work.share / work.channel_bytes)});
+  // For whole lines a slab may lie in the shared cache.
+  const int64_t step = affordable >= unit || unit * work.channel_bytes <= work.share / 2 ? unit : 1;
+  const int64_t widest =
+      std::clamp(std::min(wanted, affordable) / step * step, step, round_up(e.channels, step));
+  return std::min(work.maps_only ? widest : balanced(widest, step, e.channels, work.threads), e.channels);
+}
+
+int64_t slab_of_rows(const Work& work) {
+  const Extent& e = work.geometry.extent;
+  if (work.geometry.fold > 1) return e.channels;
+  const int64_t unit = kLanes / std::gcd(e.inner, kLanes);  // channels per whole number of vectors
+  const int64_t widest = std::max(unit, kTileBytes / work.element / e.inner / unit * unit);
+  const int64_t narrowest =
+      std::min({widest, e.channels, round_up(ceil_div(kColumnBytes, e.inner * work.element), unit)});
+  const int64_t affordable = work.share / work.channel_bytes / unit * unit;
+  return std::min(affordable < narrowest ? widest : std::clamp(affordable, narrowest, widest), e.channels);
+}
+
+void count_bytes(Plan& plan, const Problem& problem, const Work& work, const Machine& machine) {
+  const Traffic tensors = traffic(problem);
+  const Extent& e = plan.geometry.extent;
+  const bool cached =
+      plan.schedule != Schedule::split || e.channels * work.channel_bytes <= machine.shared_cache / 2;
+  const int64_t reads = plan.schedule == Schedule::map ? tensors.read_by_map
+                        : cached                       ? std::max(tensors.read_by_reduce, tensors.read_by_map)
+                                                       : tensors.read_by_reduce + tensors.read_by_map;
+  const int64_t mask = mask_bytes(e.numel());
+  plan.bytes_moved =
+      (reads + tensors.written) * work.tensor_bytes + (cached ? problem.mask : tensors.mask_passes) * mask;
+  plan.bytes_minimum =
+      (std::max(tensors.read_by_reduce, tensors.read_by_map) + tensors.written) * work.tensor_bytes +
+      problem.mask * mask;
+}
+
+// Past the cache only what would hardly stay there: the call's tensors exceed it, or two thirds of it where
+// others use it too, in training the rest of a step, on a host other machines. Rows of float32 that all but
+// fill it take 1.2 to 2 times as long within it, planes 0.7 to 1.2 (Zen 4). Whole lines only: a line that
+// is half streamed, half cached costs several times what streaming saves.
+void look_past_cache(Plan& plan, const Problem& problem, const Work& work, const Machine& machine) {
+  const Extent& e = plan.geometry.extent;
+  const bool planes = plan.geometry.traversal == Traversal::planes;
+  const auto whole_lines = [&](int64_t elements) { return elements * work.element % kLineBytes == 0; };
+  bool in_lines = whole_lines(e.inner);
+  if (!planes) {
+    in_lines = whole_lines(plan.geometry.row_length());
+  } else if (plan.chunk_length % e.inner == 0 && (work.maps_only || problem.pass != Pass::frozen_backward)) {
+    // Maps walk on from one channel's run to the next; frozen backward's reducers do not.
+    in_lines = whole_lines(plan.slab_channels * e.inner) && whole_lines(e.channels * e.inner);
+  }
+  const int64_t last_cache = std::max(machine.private_cache, machine.shared_cache);
+  const bool alone = problem.pass == Pass::inference && !machine.cache_of_host;
+  const bool float_rows = !planes && problem.dtype == Dtype::float32;
+  const int64_t room = !alone ? last_cache / 3 * 2 : float_rows ? last_cache / 16 * 15 : last_cache;
+  plan.beyond_cache = plan.bytes_minimum > room;
+  plan.fetches_first = plan.beyond_cache && machine.first_cache >= kFirstCache;
+  plan.streaming_stores = plan.beyond_cache && in_lines && machine.shared_cache > 0;
 }
 
 }  // namespace
@@ -83,117 +194,34 @@ Traffic traffic(const Problem& problem) {
 
 Plan make_plan(const Problem& problem, const Machine& machine) {
   Plan plan;
-  const Traffic tensors = traffic(problem);
-  const bool maps_only = tensors.read_by_reduce == 0;
-  const int64_t element = size_of(problem.dtype);
-  plan.geometry = make_geometry(problem.extent, element, maps_only);
+  const Work work(problem, machine);
+  plan.geometry = work.geometry;
   const Extent& e = plan.geometry.extent;
   if (e.numel() == 0) {  // nothing to cut
     plan.slab_channels = e.channels;
-    plan.schedule = maps_only ? Schedule::map : Schedule::fused;
+    plan.schedule = work.maps_only ? Schedule::map : Schedule::fused;
     return plan;
   }
-  const int64_t tensor_bytes = e.numel() * element;
-  const int64_t kept = std::max<int64_t>(tensors.read_by_reduce, 1);  // tensors between the two passes
-
-  // Slab width. Channels are grouped until a slab reads kRunBytes in one go, as far as a core's own cache
-  // allows, or for kPageBytes the last one; where nothing is reduced, until it reads kMapBytes or one of few
-  // parts.
-  const int64_t threads = e.numel() < kSerialElements ? 1 : std::max(1, machine.threads);
-  const int64_t parts = threads == 1 ? 1 : kFewParts;
-  const int64_t share = std::max(machine.private_cache, machine.shared_cache / 2 / threads);
-  const int64_t channel_bytes = e.count() * element * kept;
-  bool fits = true;
-  if (plan.geometry.traversal == Traversal::planes) {
-    const int64_t unit =
-        kLineBytes / std::gcd(e.inner * element, kLineBytes);  // channels per whole number of lines
-    const int64_t run_bytes = maps_only ? std::min(tensor_bytes / parts, kMapBytes) : kRunBytes;
-    const int64_t wanted = round_up(ceil_div(run_bytes, e.inner * element), unit);
-    const int64_t affordable =
-        maps_only ? wanted
-                  : std::max({int64_t{1}, machine.private_cache / 2 / channel_bytes,
-                              std::min(ceil_div(kPageBytes, e.inner * element), share / channel_bytes)});
-    // For whole lines a slab may lie in the shared cache.
-    const int64_t step = affordable >= unit || unit * channel_bytes <= share / 2 ? unit : 1;
-    const int64_t widest =
-        std::clamp(std::min(wanted, affordable) / step * step, step, round_up(e.channels, step));
-    plan.slab_channels =
-        std::min(maps_only ? widest : balanced(widest, step, e.channels, threads), e.channels);
-    fits = plan.slab_channels * channel_bytes <= share;
-  } else if (plan.geometry.fold > 1) {
-    plan.slab_channels = e.channels;
-    fits = e.channels * channel_bytes <= share;
-  } else {
-    const int64_t unit = kLanes / std::gcd(e.inner, kLanes);  // channels per whole number of vectors
-    const int64_t widest = std::max(unit, kTileBytes / element / e.inner / unit * unit);
-    const int64_t narrowest =
-        std::min({widest, e.channels, round_up(ceil_div(kColumnBytes, e.inner * element), unit)});
-    const int64_t affordable = share / channel_bytes / unit * unit;
-    fits = affordable >= narrowest;
-    plan.slab_channels = std::min(fits ? std::clamp(affordable, narrowest, widest) : widest, e.channels);
-  }
-  plan.slab_channels = std::max<int64_t>(1, plan.slab_channels);
+  const bool planes = work.geometry.traversal == Traversal::planes;
+  plan.slab_channels = planes ? slab_of_planes(work) : slab_of_rows(work);
   plan.slabs = ceil_div(e.channels, plan.slab_channels);
-  plan.cache_bytes = maps_only ? 0 : plan.slab_channels * channel_bytes;
-  plan.next_fits = 2 * plan.cache_bytes <= machine.private_cache;
+  plan.cache_bytes = work.maps_only ? 0 : plan.slab_channels * work.channel_bytes;
+  plan.next_fits = 2 * plan.cache_bytes <= work.private_cache;
+  plan.chunk_length = chunk_length(work, plan.slabs);
+  plan.chunks = ceil_div(work.geometry.positions(), plan.chunk_length);
 
-  // Chunks, where sums are taken from the shape alone: slab widths above depend on caches.
-  const int64_t positions = plan.geometry.positions();
-  const int64_t per_position = std::max<int64_t>(1, e.numel() / std::max<int64_t>(1, positions));
-  const int64_t shortest = std::max<int64_t>(1, kChunkElements / per_position);
-  // Wide rows can also be shared out by columns, planes by channels.
-  const int64_t across = plan.geometry.traversal == Traversal::rows
-                             ? ceil_div(plan.geometry.row_length(), kSharedColumns)
-                         : maps_only ? plan.slabs
-                                     : e.channels;
-  plan.chunk_length = std::max(ceil_div(positions, ceil_div(kMaxParts, across)), shortest);
-  const bool whole_runs = plan.geometry.traversal == Traversal::planes &&
-                          (plan.chunk_length >= e.inner || (maps_only && 2 * e.outer * plan.slabs >= parts));
-  plan.chunk_length = round_up(plan.chunk_length, whole_runs ? e.inner : kLanes);
-  plan.chunk_length = std::max<int64_t>(1, std::min(plan.chunk_length, positions));
-  plan.chunks = std::max<int64_t>(1, ceil_div(positions, plan.chunk_length));
-
-  plan.threads = static_cast<int>(std::min(threads, plan.slabs * plan.chunks));
-  if (maps_only) {
+  plan.threads = static_cast<int>(std::min(work.threads, plan.slabs * plan.chunks));
+  if (work.maps_only) {
     plan.schedule = Schedule::map;
   } else {
     // A thread's last slab must not leave the others idle: at most an eighth of the work may be lost to
     // imbalance. What is split shares out chunks, and gains nothing where a slab is one.
     const int64_t busiest = std::min(ceil_div(plan.slabs, plan.threads) * plan.slab_channels, e.channels);
     const bool shared_out = plan.chunks == 1 || busiest * plan.threads * 8 <= e.channels * 9;
-    plan.schedule = fits && shared_out ? Schedule::fused : Schedule::split;
+    plan.schedule = plan.cache_bytes <= work.share && shared_out ? Schedule::fused : Schedule::split;
   }
-
-  const bool cached = plan.schedule != Schedule::split || tensor_bytes * kept <= machine.shared_cache / 2;
-  const int64_t reads = plan.schedule == Schedule::map ? tensors.read_by_map
-                        : cached                       ? std::max(tensors.read_by_reduce, tensors.read_by_map)
-                                                       : tensors.read_by_reduce + tensors.read_by_map;
-  const int64_t mask = mask_bytes(e.numel());
-  plan.bytes_moved =
-      (reads + tensors.written) * tensor_bytes + (cached ? problem.mask : tensors.mask_passes) * mask;
-  plan.bytes_minimum =
-      (std::max(tensors.read_by_reduce, tensors.read_by_map) + tensors.written) * tensor_bytes +
-      problem.mask * mask;
-
-  // Past the cache only what would hardly stay there: the call's tensors exceed it, or two thirds of it where
-  // others use it too, in training the rest of a step, on a host other machines. Rows of float32 that all but
-  // fill it take 1.2 to 2 times as long within it, planes 0.7 to 1.2 (Zen 4). Whole lines only: a line that
-  // is half streamed, half cached costs several times what streaming saves.
-  const auto whole_lines = [&](int64_t elements) { return elements * element % kLineBytes == 0; };
-  bool in_lines = whole_lines(e.inner);
-  if (plan.geometry.traversal == Traversal::rows) {
-    in_lines = whole_lines(plan.geometry.row_length());
-  } else if (plan.chunk_length % e.inner == 0 && (maps_only || problem.pass != Pass::frozen_backward)) {
-    // Maps walk on from one channel's run to the next; frozen backward's reducers do not.
-    in_lines = whole_lines(plan.slab_channels * e.inner) && whole_lines(e.channels * e.inner);
-  }
-  const int64_t last_cache = std::max(machine.private_cache, machine.shared_cache);
-  const bool alone = problem.pass == Pass::inference && !machine.cache_of_host;
-  const bool float_rows = plan.geometry.traversal == Traversal::rows && problem.dtype == Dtype::float32;
-  const int64_t room = !alone ? last_cache / 3 * 2 : float_rows ? last_cache / 16 * 15 : last_cache;
-  plan.beyond_cache = plan.bytes_minimum > room;
-  plan.fetches_first = plan.beyond_cache && machine.first_cache >= kFirstCache;
-  plan.streaming_stores = plan.beyond_cache && in_lines && machine.shared_cache > 0;
+  count_bytes(plan, problem, work, machine);
+  look_past_cache(plan, problem, work, machine);
   return plan;
 }
 
