@@ -35,7 +35,7 @@ def cuda_decision() -> tuple[bool, str]:
     elif nvcc.find():
         build, reason = True, "nvcc was found"
     else:
-        build, reason = False, "nvcc is neither under CUDA_HOME nor on PATH"
+        build, reason = False, nvcc.MISSING
     if wish == "1" and not build:
         sys.exit(f"BNEXT_CUDA=1 asks for the CUDA kernels, but {reason}.")
     return build, reason

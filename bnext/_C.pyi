@@ -99,7 +99,7 @@ class CudaPlan:
         blocks keep a slab of channels in shared memory between the two."""
     @property
     def why(self) -> str:
-        """This engine."""
+        """Why this engine was chosen."""
     @property
     def traversal(self) -> Literal["planes", "rows"]:
         """`planes` (a block works in one channel) or `rows` (in columns of channels that lie side by side)."""

@@ -2,7 +2,7 @@
 
 - BatchNorm1d, BatchNorm2d, BatchNorm3d: drop-in replacements of torch.nn's
 - SyncBatchNorm: the statistics of all processes of a group, on any device; synchronize: in a network that exists
-- convert, fuse: a network that exists gets them, in one line; restore: the way back
+- convert, fuse: put them into an existing network, in one line; restore: undoes convert
 - freeze, unfreeze: layers that stay in eval; hold_statistics, checkpoint_contexts: batches that move no statistics
 - functional.batch_norm: the function behind them
 - reference, reference_activations: the same in NumPy and float64, the specification

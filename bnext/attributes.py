@@ -33,20 +33,20 @@ _NOT_WALKED = (
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether something else happens when it is called."""
+    """Whether hooks run when it is called: its own, or those on all modules."""
     return any(getattr(module, kind) for kind in HOOKS) or are_hooked()
 
 
 def are_hooked() -> bool:
-    """Whether all modules are."""
+    """Whether there are hooks on all modules."""
     return any(_OF_ALL)
 
 
 def contents(module: nn.Module) -> _Contents:
     """Every object that is reached through attributes and containers, and the states of generators among them.
 
-    Of the modules' classes, but for torch's, those in containers alone: what else they hold may serve anybody, as a
-    clock or a log does.
+    Of the attributes of classes (torch's apart) only what is in containers: other objects there, such as a clock or a
+    log, may serve anybody.
     """
     objects: list[object] = []
     states: list[object] = []

@@ -58,7 +58,7 @@ class _Call:
         }
 
     def _example_of_none(self) -> dict[str, Any]:
-        """Of the sizes that one would have."""
+        """One with the sizes that an example would have, where there is none."""
         made = dict(self.given)
         for name, dim in self.dims.items():
             if dim is not None:
@@ -74,9 +74,9 @@ class _Call:
         return tuple(t.new_empty((0, *t.shape), device=device) for t in outputs), (0,) * len(outputs)
 
     def check(self, error: Exception | None = None) -> Any:
-        """Raises what one example's call would, with its sizes in the text: for `error`, or before something else.
+        """The outputs of one example's call on the meta device, or its error, which names the example's sizes.
 
-        Returns what it would, on the meta device.
+        `error` is what a call of all examples raised, if there was one.
         """
         example = self.example(0) if self.count else self._example_of_none()
         meta = {name: a.to("meta") if isinstance(a, Tensor) else a for name, a in example.items()}

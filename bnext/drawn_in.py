@@ -32,7 +32,7 @@ def what_follows(
 
 
 class TakesDrawnIn(nn.Module):
-    """Of layers that :func:`bnext.fuse` calls with a keyword drawn_in, in the place of what is the layer's own."""
+    """A layer that :func:`bnext.fuse` calls with a keyword drawn_in, in place of its own residual and activation."""
 
     def _is_bare(self) -> bool:
         """Whether something can be drawn in."""

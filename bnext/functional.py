@@ -17,7 +17,7 @@ WITH_PARAMETER = _C.WITH_PARAMETER
 
 
 def check_activation(activation: str | None, activation_param: float | None, inplace: bool = False) -> None:
-    """What the operators check too, for who wants to know before there is an input.
+    """The operators' own check of an activation, for callers that have no input yet.
 
     Raises:
         TypeError: an activation that is no name, a parameter that is no number.

@@ -105,7 +105,7 @@ class _Kept(NamedTuple):
 
 
 def _kept(call: Call, x: Tensor, *others: Tensor | None) -> _Kept:
-    """What backward finds of it: hooks may bring x back in another order."""
+    """What was saved, with x in the order that it had: hooks may bring it back in another."""
     return _Kept(x.contiguous(memory_format=call.order), *others)  # type: ignore[arg-type]
 
 

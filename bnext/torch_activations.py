@@ -91,7 +91,7 @@ def apply(activation: str, activation_param: float | None, y: Tensor) -> Tensor:
 
 
 def followed(y: Tensor, residual: Tensor | None, activation: str | None, parameter: float | None) -> Tensor:
-    """activation(y + residual) by torch's own functions."""
+    """activation(y + residual), by torch's own functions."""
     if residual is not None:
         y = y + residual
     return y if activation is None else apply(activation, parameter, y)

@@ -38,10 +38,13 @@ WISHES = "TORCH_CUDA_ARCH_LIST"
 RUNTIME = ["-lcudart_static", "-ldl", "-lpthread", "-lrt", "-Wl,--exclude-libs,libcudart_static.a"]
 
 
-def find() -> str | None:
-    """The nvcc of CUDA_HOME, else the one on PATH."""
+MISSING = "nvcc is neither under CUDA_HOME nor on PATH"
+
+
+def find(program: str = "nvcc") -> str | None:
+    """That of CUDA_HOME, else the one on PATH."""
     home = os.environ.get("CUDA_HOME")
-    return (home and shutil.which("nvcc", path=os.path.join(home, "bin"))) or shutil.which("nvcc")
+    return (home and shutil.which(program, path=os.path.join(home, "bin"))) or shutil.which(program)
 
 
 def jobs() -> int:
@@ -113,7 +116,7 @@ def toolkit(architectures: Sequence[str] | None = None) -> Toolkit:
     """
     nvcc = find()
     if nvcc is None:
-        raise FileNotFoundError("nvcc is neither under CUDA_HOME nor on PATH")
+        raise FileNotFoundError(MISSING)
     told = _output(nvcc, "--dryrun", "-c", "any.cu")
 
     def directories(variable: str, flag: str) -> list[str]:

@@ -82,7 +82,7 @@ constexpr bool is_invertible(Activation kind, double param) {
          ((kind == Activation::leaky_relu || kind == Activation::elu) && param > 0);
 }
 
-// Of one that is_masked; NaN passes, but for leaky_relu's.
+// Whether the gradient passes unchanged at z, of a kind that is_masked. NaN passes, except with leaky_relu.
 template <class A, class V>
 BNEXT_HOST_DEVICE auto activation_passes(Activation kind, const V& z) {
   const auto positive = z > V{};

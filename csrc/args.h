@@ -86,8 +86,8 @@ struct BackwardArgs {
   const double* invstd = nullptr;
   void* dweight = nullptr;  // opmath of dtype
   void* dbias = nullptr;    // opmath of dtype
-  // Per channel, around the mean as arithmetic holds it. out: beside dweight and dbias, where there is no dx.
-  // in: of more than this call's elements, per element of a channel times those here; nothing is reduced.
+  // Per channel, around the mean rounded to arithmetic precision. sums_out: written by a call without dx.
+  // sums_in: instead of a reduction, those of more elements than this call's, times its share of them.
   Sums* sums_out = nullptr;
   const Sums* sums_in = nullptr;
   bool batch_statistics = false;

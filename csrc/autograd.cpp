@@ -1,7 +1,6 @@
 // The operators under autograd, to any order and in either mode: a node where something requires a gradient,
 // a tangent where something has one, versions of what is written. The backward is an operator of its own,
 // whose derivatives are written in differentiable torch operations.
-#include <ATen/ATen.h>
 #include <torch/csrc/autograd/VariableTypeUtils.h>
 
 #include "forward_mode.h"

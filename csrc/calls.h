@@ -9,7 +9,7 @@
 
 namespace bnext {
 
-// Of batch_norm and batch_norm_, which has no residual.
+// Of batch_norm, of batch_norm_, which has no residual, and of the phases moments and normalize.
 struct ForwardCall {
   const at::Tensor& x;
   const OptionalTensor &residual, &weight, &bias, &running_mean, &running_var, &num_batches_tracked;
@@ -23,7 +23,7 @@ struct ForwardCall {
   bool skip_nonfinite;
   bool keeps_input = true;        // backward will have x
   bool exact_statistics = false;  // running ones are float64 beside any input
-  bool alone = true;              // else one value per channel will do, as others have some
+  bool alone = true;              // no other process has values: one per channel is too few
 
   void check() const {
     require_input(x, ndims);
@@ -78,9 +78,6 @@ struct BackwardCall {
     require_slope_source(residual, mask, from_output, activation, x, output_mask[3]);
     if (from_output) require_invertible(activation, x.scalar_type());
   }
-
-  // Of dweight and dbias.
-  at::ScalarType parameter_dtype() const { return x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat; }
 };
 
 // From the operators' argument lists, which stand in ops.h, to an implementation of the call.

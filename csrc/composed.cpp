@@ -23,10 +23,6 @@ at::Tensor bits(const at::Tensor& mask, const at::Tensor& x) {
 
 bool is_empty(const at::Tensor& t) { return TORCH_GUARD_OR_FALSE(t.sym_numel().sym_eq(0)); }
 
-at::ScalarType math_dtype(const at::Tensor& x) {
-  return x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-}
-
 at::Tensor along_channels(const at::Tensor& v, const at::Tensor& x) {
   std::vector<c10::SymInt> sizes(x.dim(), 1);
   sizes[1] = x.sym_size(1);

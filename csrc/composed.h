@@ -11,9 +11,6 @@ namespace bnext {
 // As far as is known while a program is compiled.
 bool is_empty(const at::Tensor& t);
 
-// What these operations compute in: x's dtype, float32 for 16 bits.
-at::ScalarType math_dtype(const at::Tensor& x);
-
 // Shapes (C,) for broadcasting against x.
 at::Tensor along_channels(const at::Tensor& v, const at::Tensor& x);
 

@@ -11,8 +11,7 @@ namespace bnext {
 Input::Input(const at::Tensor& x)
     : format(memory_format_of(x)),
       dense(x.contiguous(format)),
-      extent(extent_of(
-          x.sizes(), format == at::MemoryFormat::Contiguous ? Layout::contiguous : Layout::channels_last)) {}
+      extent(extent_of(x.sizes(), /*channels_last=*/format != at::MemoryFormat::Contiguous)) {}
 
 namespace {
 
@@ -96,9 +95,7 @@ BackwardResult run_backward(const BackwardCall& call, const Input& input, Pass p
   auto like_x = [&](bool some, Output which = Output::first) {
     return some ? empty_output(input.dense, input.format, which) : empty_vector({0}, x.scalar_type(), x);
   };
-  auto per_channel = [&](bool some) {
-    return empty_vector({some ? x.size(1) : 0}, call.parameter_dtype(), x);
-  };
+  auto per_channel = [&](bool some) { return empty_vector({some ? x.size(1) : 0}, math_dtype(x), x); };
   at::Tensor dx = like_x(wanted[0] || wanted[3]), dresidual = like_x(wanted[3], Output::second);
   at::Tensor dweight = per_channel(wanted[1]), dbias = per_channel(wanted[2]);
 

@@ -10,7 +10,6 @@
 #include <mutex>
 #include <string_view>
 #include <system_error>
-#include <utility>
 
 #include "build_config.h"  // written by setup.py
 #include "cuda/launch.h"
@@ -61,8 +60,7 @@ class Counters {
   }
 
  private:
-  static constexpr int64_t kTogether =
-      1024;  // more than blocks of any device's groups that have several chunks
+  static constexpr int64_t kTogether = 1024;  // taken at a time: more groups than any device cuts into chunks
 
   struct Range {
     int64_t first = -1, count = 0;
@@ -87,12 +85,12 @@ Counters& counters_of(c10::Device device) {
   return all[device.index()];
 }
 
-// BNEXT_CUDA_ENGINE, and BNEXT_CUDA_SPARE: multiprocessors that kernels whose blocks wait leave to others.
 cuda::Choice chosen_engine() {
   const char* const wish = std::getenv("BNEXT_CUDA_ENGINE");
   return cuda::choice_named(wish == nullptr ? "automatic" : wish);
 }
 
+// With BNEXT_CUDA_SPARE: multiprocessors that kernels whose blocks wait for each other leave to others.
 cuda::Device device_of(c10::Device where) {
   cuda::Device device = cuda::device(where.index());
   static const char* const spare = std::getenv("BNEXT_CUDA_SPARE");

@@ -32,8 +32,8 @@ struct alignas(16) Sums {
 
 BNEXT_HOST_DEVICE double finite_or_zero(double value) { return std::isfinite(value) ? value : 0; }
 
-// Of three; an infinity among them is not it, a NaN may be. Comparisons rather than fmin and fmax: loops over
-// channels become vectors.
+// The median of three: never a single infinity, perhaps a NaN. By comparisons rather than fmin and fmax, so
+// that loops over channels become vectors.
 BNEXT_HOST_DEVICE double median_of(double a, double b, double c) {
   const double low = a < b ? a : b, high = a > b ? a : b;
   const double middle = c < high ? c : high;
@@ -41,10 +41,11 @@ BNEXT_HOST_DEVICE double median_of(double a, double b, double c) {
 }
 
 constexpr int kCenterSamples = 9;
-// Up to so many elements none is more than two standard deviations from their mean, and any of them will do.
+// None of n elements lies more than sqrt(n - 1) standard deviations from their mean. Of so few that is two at
+// most, and any of them will do as the center.
 constexpr int64_t kAnyIsCenter = 5;
 
-// Of sample k, in elements from the channel's first: spread over the channel, inside its runs too.
+// Where sample k of a channel lies, in elements from its first: spread over outer and inner indices.
 BNEXT_HOST_DEVICE int64_t center_sample(int64_t outer, int64_t inner, int64_t next_outer, int k) {
   return outer * (2 * k + 1) / (2 * kCenterSamples) * next_outer +
          inner * (4 * k % kCenterSamples) / kCenterSamples;
@@ -99,7 +100,7 @@ BNEXT_HOST_DEVICE bool fits(double value, Dtype dtype) {
   return std::abs(value) <= largest;
 }
 
-// What a center in arithmetic precision lacks of the mean; nothing where both are infinite.
+// What rounding the mean to the center lost; 0 where the difference is not finite.
 BNEXT_HOST_DEVICE double lacking(double mean, double center) { return finite_or_zero(mean - center); }
 
 // y = (x - center) * scale + offset

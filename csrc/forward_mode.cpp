@@ -1,7 +1,8 @@
 // Tangents by calls that can be differentiated further, in either mode.
 #include "forward_mode.h"
 
-#include <ATen/ATen.h>
+#include <ATen/TensorOperators.h>
+#include <ATen/ops/zeros.h>
 
 #include "composed.h"
 
@@ -65,7 +66,7 @@ BackwardResult backward_tangents(const BackwardCall& call) {
   const auto tangent_of = [](bool wanted, const auto& compute) {
     return wanted ? tangent(compute()).value_or(at::Tensor()) : at::Tensor();
   };
-  const auto parameter = [&](const at::Tensor& v) { return v.sum(dims).to(call.parameter_dtype()); };
+  const auto parameter = [&](const at::Tensor& v) { return v.sum(dims).to(math); };
   return {tangent_of(wants_dx,
                      [&] {
                        const at::Tensor dx = s.invstd * project(dz, s.xhat, call.training);

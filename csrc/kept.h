@@ -20,15 +20,15 @@ struct Likeness {
   at::DimVector sizes;
 
   explicit Likeness(const OptionalTensor& parameter) {
-    if (!bnext::present(parameter)) return;
+    if (!present(parameter)) return;
     dtype = parameter->scalar_type();
     sizes = parameter->sizes();
   }
+  explicit operator bool() const { return dtype != at::ScalarType::Undefined; }
   at::Tensor of(at::Tensor grad) const {
     if (grad.scalar_type() != dtype) grad = grad.to(dtype);
     return shaped(std::move(grad));
   }
-  bool present() const { return dtype != at::ScalarType::Undefined; }
   at::Tensor shaped(at::Tensor vector) const { return sizes.size() == 1 ? vector : vector.view(sizes); }
 };
 
@@ -93,7 +93,7 @@ class KeptParameter {
   }
 
   OptionalTensor unpack(const at::Tensor& stats, int64_t row, const torch::autograd::Edge& edge) const {
-    if (!like.present()) return std::nullopt;
+    if (!like) return std::nullopt;
     at::Tensor kept = copy_.unpack();
     if (!kept.defined()) {
       at::AutoDispatchBelowADInplaceOrView below;

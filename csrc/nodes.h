@@ -108,7 +108,7 @@ struct BatchNormNode : torch::autograd::Node {
     OptionalTensor w = weight.unpack(kept, kKeptWeight, next_edge(2));
     OptionalTensor b;  // takes part in the activation's input, and in x where y stands for it
     if (activation.spec || from_output) b = bias.unpack(kept, kKeptBias, next_edge(3));
-    if (bnext::present(w) && bnext::present(b) && w->scalar_type() != b->scalar_type()) {
+    if (present(w) && present(b) && w->scalar_type() != b->scalar_type()) {
       w = w->to(at::kDouble);  // one of them has a tangent, the other is a row of stats
       b = b->to(at::kDouble);
     }
@@ -126,7 +126,7 @@ struct BatchNormNode : torch::autograd::Node {
   // Fixed statistics make of dz all but the weight's gradient, and a mask finds dz.
   bool needs_x(const Variable& input, const OptionalTensor& given_weight, bool one_bit_tells) const {
     return training || from_output || (activation.spec && !one_bit_tells) ||
-           (bnext::present(given_weight) && given_weight->requires_grad()) || !tells_its_format(input);
+           (present(given_weight) && given_weight->requires_grad()) || !tells_its_format(input);
   }
 
   // Transformed ones do not, nor may a tangent be one of those.
@@ -147,7 +147,7 @@ struct BatchNormBackwardNode : torch::autograd::Node {
                         const Variable& stats, bool training, const SavedActivation& activation,
                         bool from_output)
       : Node(torch::autograd::collect_next_edges(dy, x, residual, weight, bias)),
-        x(x, /*masked=*/bnext::present(mask)),
+        x(x, /*masked=*/present(mask)),
         dy(dy, /*is_output=*/false),
         residual(residual.value_or(at::Tensor()), /*is_output=*/false),
         mask(mask.value_or(at::Tensor()), /*is_output=*/false),

@@ -6,11 +6,10 @@
 
 namespace bnext {
 
-Extent extent_of(at::IntArrayRef sizes, Layout layout) {
+Extent extent_of(at::IntArrayRef sizes, bool channels_last) {
   int64_t inner = 1;
   for (size_t d = 2; d < sizes.size(); ++d) inner *= sizes[d];
-  return layout == Layout::channels_last ? Extent{sizes[0] * inner, sizes[1], 1}
-                                         : Extent{sizes[0], sizes[1], inner};
+  return channels_last ? Extent{sizes[0] * inner, sizes[1], 1} : Extent{sizes[0], sizes[1], inner};
 }
 
 Dtype dtype_of(at::ScalarType dtype) {
@@ -24,6 +23,10 @@ Dtype dtype_of(at::ScalarType dtype) {
     default:
       return Dtype::float32;
   }
+}
+
+at::ScalarType math_dtype(const at::Tensor& x) {
+  return x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
 }
 
 const c10::TypedOperatorHandle<ForwardSignature>& forward_operator() {

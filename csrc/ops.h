@@ -53,9 +53,11 @@ const c10::TypedOperatorHandle<InplaceSignature>& inplace_operator();
 const c10::TypedOperatorHandle<BackwardSignature>& backward_operator();
 
 // The memory order the kernels see: channels last if x is dense in that order, else contiguous.
-enum class Layout : uint8_t { contiguous, channels_last };
 at::MemoryFormat memory_format_of(const at::Tensor& x);
-Extent extent_of(at::IntArrayRef sizes, Layout layout);
+Extent extent_of(at::IntArrayRef sizes, bool channels_last);
 Dtype dtype_of(at::ScalarType dtype);
+
+// The dtype of arithmetic on x, and of dweight and dbias: float64 for float64, else float32.
+at::ScalarType math_dtype(const at::Tensor& x);
 
 }  // namespace bnext

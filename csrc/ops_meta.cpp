@@ -37,7 +37,7 @@ BackwardResult backward_meta(const BackwardCall& call) {
     return at::empty_symint({wanted ? size : c10::SymInt(0)}, x.options().dtype(dtype));
   };
   auto like_x = [&](bool wanted) { return wanted ? shaped_like(x) : vector(false, 0, x.scalar_type()); };
-  auto per_channel = [&](bool wanted) { return vector(wanted, x.sym_size(1), call.parameter_dtype()); };
+  auto per_channel = [&](bool wanted) { return vector(wanted, x.sym_size(1), math_dtype(x)); };
   const auto& wanted = call.output_mask;
   return {like_x(wanted[0]), per_channel(wanted[1]), per_channel(wanted[2]), like_x(wanted[3])};
 }

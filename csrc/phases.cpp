@@ -10,16 +10,6 @@
 namespace bnext {
 namespace {
 
-// x as a call without output sees it.
-ForwardArgs input_args(const Input& input) {
-  ForwardArgs args;
-  args.extent = input.extent;
-  args.dtype = dtype_of(input.dense.scalar_type());
-  args.x = input.dense.const_data_ptr();
-  args.batch_statistics = true;
-  return args;
-}
-
 // Where a kernel may read pairs of numbers at once.
 at::Tensor on_pairs(const at::Tensor& t) {
   at::Tensor dense = t.contiguous();
@@ -35,8 +25,12 @@ at::Tensor moments_dense(const ForwardCall& call) {
   const Input input(x);
   const int64_t channels = x.size(1);
   at::Tensor moments = empty_vector({2, channels}, at::kDouble, x);
-  const at::Tensor invstd = empty_vector({channels}, at::kDouble, x);  // nobody asks for
-  ForwardArgs args = input_args(input);
+  const at::Tensor invstd = empty_vector({channels}, at::kDouble, x);  // written, not read
+  ForwardArgs args;
+  args.extent = input.extent;
+  args.dtype = dtype_of(x.scalar_type());
+  args.x = input.dense.const_data_ptr();
+  args.batch_statistics = true;
   args.mean = moments.data_ptr<double>();
   args.var = args.mean + channels;
   args.invstd = invstd.data_ptr<double>();

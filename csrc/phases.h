@@ -11,7 +11,8 @@ namespace bnext {
 using InputGradResult = std::tuple<at::Tensor, at::Tensor>;             // dx, dresidual
 using GradSumsResult = std::tuple<at::Tensor, at::Tensor, at::Tensor>;  // sums, dweight, dbias
 
-// Of x in training, where others may have values too: checked. The rest of the call is what has to hold.
+// The moments of x for a training forward over several processes. The other arguments are those of that
+// forward, checked here, before any process waits for another; one value per channel is allowed.
 template <at::Tensor (*Implementation)(const ForwardCall&)>
 at::Tensor moments(const at::Tensor& x, const OptionalTensor& residual, const OptionalTensor& weight,
                    const OptionalTensor& bias, const OptionalTensor& running_mean,

@@ -7,24 +7,24 @@
 namespace bnext {
 namespace {
 
-constexpr int64_t kLanes = 16;     // elements per vector step (cpu/vector.h)
-constexpr int64_t kLongRun = 128;  // elements: from here on the tail of a reduced plane does not matter
-constexpr int64_t kShortRun = 64;  // elements: shorter planes lose too much between channels,
-// and these where a channel has more of them: of 1024 runs of 8x8 rows take 0.4 to 0.9 times as long (Zen 4).
+constexpr int64_t kLanes = 16;  // elements per vector step (cpu/vector.h)
+
+// Planes or rows, by `inner`, the elements of a run. Planes from kLongRun on, where the tail of a run no
+// longer matters; from kMappedRun on where nothing is summed, as memory order is then worth more; above
+// kShortRun if runs are whole vectors, and at kShortRun if a channel has at most most_short_runs of them (of
+// 1024 runs of 8x8, rows take 0.4 to 0.9 times as long on Zen 4); from kRunOfFew on if `outer` is at most
+// kFewRows, where a sum for each column costs more than the tails.
+constexpr int64_t kLongRun = 128, kMappedRun = 32, kShortRun = 64, kRunOfFew = 24, kFewRows = 4;
 constexpr int64_t most_short_runs(int64_t element) { return element == 2 ? 16 : element == 4 ? 128 : 512; }
-constexpr int64_t kMappedRun = 32;  // and where nothing is summed: memory order is worth the coefficients
-constexpr int64_t kFewRows = 4;     // over so few a sum for each column costs more than ends of planes,
-constexpr int64_t kRunOfFew = 24;   // which then may be as short
-constexpr int64_t kRunBytes = 16 << 10;  // contiguous bytes a slab should read per outer index: four pages
-constexpr int64_t kPageBytes = 4 << 10;  // and at least so many, if only the last cache has room
-constexpr int64_t kMapBytes = 1 << 20;   // where nothing is reduced, of large tensors: memory order is best
-constexpr int64_t kColumnBytes =
-    8 << 10;  // narrowest column slab: with narrower ones a call takes up to twice as long
-constexpr int64_t kLineBytes = 64;       // of a cache line, and of the widest vector
+
+constexpr int64_t kRunBytes = 16 << 10;    // contiguous bytes a slab should read per outer index: four pages
+constexpr int64_t kPageBytes = 4 << 10;    // and at least so many, if only the last cache has room
+constexpr int64_t kMapBytes = 1 << 20;     // where nothing is reduced, of large tensors: memory order is best
+constexpr int64_t kColumnBytes = 8 << 10;  // narrowest column slab: narrower ones take up to twice as long
+constexpr int64_t kLineBytes = 64;         // of a cache line, and of the widest vector
 constexpr int64_t kTileBytes = 8 << 10;  // of one tensor in a row of a tile: what goes with it stays in L1/L2
-constexpr int64_t kSharedColumns =
-    512;  // elements: rows this many times wider need that many times fewer chunks
-constexpr int64_t kFoldColumns = 128;         // rows narrower than this are folded
+constexpr int64_t kSharedColumns = 512;  // elements: rows k times as wide need k times fewer chunks
+constexpr int64_t kFoldColumns = 128;    // rows narrower than this are folded
 constexpr int64_t kSerialElements = 1 << 15;  // below this a parallel region costs more than it saves
 constexpr int64_t kChunkElements = 1 << 16;   // smallest chunk worth its own partial sums
 constexpr int64_t kFirstCache = 48 << 10;     // bytes: an L1 cache that holds what is fetched 16 KB ahead

@@ -1,4 +1,4 @@
-// From a problem and a machine to a schedule: a pure function, and the only home of heuristics.
+// From a problem and a machine to a schedule: a pure function, and the only home of the CPU's heuristics.
 //
 // A channel's elements are cut twice. Slabs are groups of channels, small enough to stay in cache between the
 // reduce and the map; chunks are ranges of a slab's positions (flattened outer*inner, or rows). Partial sums
@@ -71,8 +71,7 @@ struct Machine {
 struct Geometry {
   Extent extent;
   Traversal traversal = Traversal::planes;
-  int64_t fold =
-      1;  // rows: consecutive outer indices that make one row, so that few channels still fill a vector
+  int64_t fold = 1;  // rows: outer indices joined to one row, so that few channels still fill a vector
 
   constexpr int64_t row_length() const { return fold * extent.channels * extent.inner; }
   // Positions that chunks divide: elements of a channel (planes), or rows, the last of which may be short.
@@ -90,7 +89,7 @@ struct Plan {
   int64_t chunks = 1;
   int threads = 1;
   bool beyond_cache = false;   // the call's tensors fill the last cache: tiles fetch ahead
-  bool fetches_first = false;  // what they reduce into the L1 cache, not only into L2
+  bool fetches_first = false;  // reducers fetch into the L1 cache, not only into L2
   bool next_fits = false;      // two slabs fit the private cache: one is fetched while the other is mapped
   bool streaming_stores = false;
   int64_t cache_bytes = 0;    // what one slab wants to keep in cache

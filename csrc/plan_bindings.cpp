@@ -50,14 +50,13 @@ Problem problem_of(const std::vector<int64_t>& shape, const std::string& dtype, 
     throw py::value_error(
         c10::str("expected fewer than 2^48 elements, but got shape ", at::IntArrayRef(shape)));
   }
-  const auto order = channels_last ? Layout::channels_last : Layout::contiguous;
   const auto pass = backward ? (training ? Pass::backward : Pass::frozen_backward)
                              : (training ? Pass::forward : Pass::inference);
   const Activation kind = require_activation(activation, std::nullopt).kind;
   const bool mask = is_masked(kind) && (frozen || (residual && (training || backward)));
   const bool read = residual && (!backward || (kind != Activation::none && !mask));
   const bool dresidual = residual && backward && kind != Activation::none;
-  Problem problem(extent_of(shape, order), dtype_named(dtype), pass, read, mask, dresidual);
+  Problem problem(extent_of(shape, channels_last), dtype_named(dtype), pass, read, mask, dresidual);
   problem.sums = !frozen;
   problem.needs_input = kind != Activation::none && !mask;
   return problem;

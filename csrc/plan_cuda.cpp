@@ -65,25 +65,18 @@ int64_t group_channels(const Extent& e, int lanes, int threads) {
 }
 
 Tiling rows_reduce(const Extent& e, int lanes, const Device& device) {
-  Tiling t;
-  t.traversal = Traversal::rows;
   int most = std::min(kRowThreads, device.block_threads);
-  const int64_t row = e.channels * e.inner, fold = rows_folded(e, lanes, most);
-  t.rows = e.outer / fold;
-  t.row_length = fold * row;
-  t.group_channels = fold > 1 ? e.channels : group_channels(e, lanes, most);
+  const int64_t fold = rows_folded(e, lanes, most);
+  int64_t channels = fold > 1 ? e.channels : group_channels(e, lanes, most);
   // A narrow block of few threads takes fewer vectors, whole channels all the same.
-  while (t.group_channels > 1 && fold == 1 && ceil_div(t.group_channels * e.inner, lanes) > most) {
-    t.group_channels = ceil_div(t.group_channels, 2);
+  while (channels > 1 && fold == 1 && ceil_div(channels * e.inner, lanes) > most) {
+    channels = ceil_div(channels, 2);
   }
-  t.group_channels = std::min(t.group_channels, e.channels);
-  t.group_width = fold > 1 ? t.row_length : t.group_channels * e.inner;
-  t.groups = ceil_div(e.channels, t.group_channels);
-  t.vectors = ceil_div(t.group_width, lanes);
+  Tiling t = rows_tiling(e, lanes, fold, std::min(channels, e.channels));
+  t.rows = e.outer / fold;
   // Groups enough for several turns: smaller blocks, of which one begins while another ends.
   if (t.groups >= 2 * device.multiprocessors && t.vectors <= most / 2) most /= 2;
-  t.height = static_cast<int>(std::clamp<int64_t>(most / t.vectors, 1, std::max<int64_t>(1, t.rows)));
-  t.threads = std::min(whole_warps(t.vectors * t.height), whole_warps(most));
+  set_block(t, most);
   const int64_t per_multiprocessor = std::max(1, kRowThreads / t.threads);
   cut(t, per_multiprocessor * device.multiprocessors / t.groups, int64_t{t.height} * kBatch);
   return t;
@@ -101,8 +94,7 @@ Tiling rows_map(const Extent& e, int lanes, const Device& device) {
   t.group_width = int64_t{t.vectors} * lanes;
   t.groups = ceil_div(columns, t.vectors);
   t.rows = ceil_div(e.numel() + lanes - 1, t.row_length);  // the first may begin inside a vector
-  t.height = static_cast<int>(std::clamp<int64_t>(most / t.vectors, 1, t.rows));
-  t.threads = std::min(whole_warps(t.vectors * t.height), whole_warps(most));
+  set_block(t, most);
   cut(t, ceil_div(int64_t{kMapBlocks} * device.multiprocessors, t.groups), int64_t{t.height} * kBatch);
   return t;
 }
@@ -146,6 +138,22 @@ Tiling planes_tiling(const Extent& e, int lanes, bool aligned) {
   t.groups = e.channels;
   t.vectors = vectors_of_run(e.inner, lanes, aligned);
   return t;
+}
+
+Tiling rows_tiling(const Extent& e, int lanes, int64_t fold, int64_t channels) {
+  Tiling t;
+  t.traversal = Traversal::rows;
+  t.row_length = fold * e.channels * e.inner;
+  t.group_channels = channels;
+  t.group_width = fold > 1 ? t.row_length : channels * e.inner;
+  t.groups = ceil_div(e.channels, channels);
+  t.vectors = ceil_div(t.group_width, lanes);
+  return t;
+}
+
+void set_block(Tiling& t, int most) {
+  t.height = static_cast<int>(std::clamp<int64_t>(most / t.vectors, 1, t.rows));
+  t.threads = whole_warps(t.vectors * t.height);
 }
 
 int64_t rows_folded(const Extent& e, int lanes, int threads) {

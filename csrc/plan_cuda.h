@@ -41,7 +41,8 @@ constexpr int lanes_of(Dtype dtype) { return kVectorBytes / static_cast<int>(siz
 // the map finds there what the reduce read.
 enum class Engine : uint8_t { streaming, resident };
 
-// Of a training pass's engine, for tests; other passes have nothing to keep.
+// How a training pass gets its engine: by the plan, or as asked (BNEXT_CUDA_ENGINE, bnext.plan's engine).
+// Other passes have nothing to keep, and stream.
 enum class Choice : uint8_t { automatic, streaming, resident };
 
 // How one kernel walks the tensor.
@@ -75,7 +76,7 @@ struct Tiling {
 
 struct Plan {
   Engine engine = Engine::streaming;
-  const char* why = "";  // this engine
+  const char* why = "";  // this engine was chosen
   Extent extent;         // as walked: one channel is one run
   bool reduces = false, maps = true;
   Tiling reduce, map;             // resident: reduce alone, whose groups are slabs
@@ -84,7 +85,7 @@ struct Plan {
   int64_t block_memory = 0;       // resident: bytes of a block's shared memory, more than it uses to be alone
   int cluster = 1;                // resident: blocks of one, which share a slab and see each other's memory
   bool bulk_copies = false;       // resident: into shared memory, of whole runs
-  int64_t waiting_blocks = 0;     // resident: that must run at once but for those of clusters, 0: none
+  int64_t waiting_blocks = 0;     // resident: that wait for each other, not in clusters: all run at once
   bool early_map = false;         // streaming: the map begins while the reduce runs, and then waits
   bool streaming_stores = false;  // outputs larger than what L2 keeps for whoever comes next
   int64_t scratch_bytes = 0;      // partial sums and totals
@@ -139,7 +140,8 @@ struct ResidentMemory {
   }
 };
 
-// Makes of a streaming plan a resident one. False: it cannot, for the reason in plan.why.
+// Turns a streaming plan that reduces and maps into a resident one. False: that is impossible, and plan.why
+// says why.
 bool make_resident(const Problem& problem, const Device& device, bool aligned, Plan& plan);
 
 // aligned: every tensor begins at a multiple of 16 bytes.
@@ -153,6 +155,12 @@ Choice choice_named(const std::string& name);
 
 // A group to a channel; threads and chunks are for the engine to add.
 Tiling planes_tiling(const Extent& extent, int lanes, bool aligned);
+
+// Groups of `channels`, `fold` rows joined to one; rows, threads and chunks are for the engine to add.
+Tiling rows_tiling(const Extent& extent, int lanes, int64_t fold, int64_t channels);
+
+// Gives a rows tiling the block that walks it: as many rows high as `most` threads allow.
+void set_block(Tiling& tiling, int most);
 
 // Rows that are joined to one, so that short ones end with a vector; a row has a thread per vector at most.
 int64_t rows_folded(const Extent& extent, int lanes, int threads);

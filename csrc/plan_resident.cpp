@@ -21,23 +21,16 @@ constexpr int kLeastRows = 4;  // vectors of a thread where blocks share a slab
 constexpr int64_t kBulkBytes = kWarp * kVectorBytes;
 
 Tiling rows(const Extent& e, int lanes, int most) {
-  Tiling t;
-  t.traversal = Traversal::rows;
   const int64_t row = e.channels * e.inner, fold = rows_folded(e, lanes, most);
   const int64_t segment = kSegmentBytes / kVectorBytes * lanes;
-  t.row_length = fold * row;
-  t.rows = ceil_div(e.numel(), t.row_length);  // the last may be short
-  if (fold > 1 || row <= kMostSegments * segment) {
-    t.group_channels = e.channels;
-  } else {
+  int64_t channels = e.channels;
+  if (fold == 1 && row > kMostSegments * segment) {
     const int64_t unit = lanes / std::gcd(e.inner, int64_t{lanes});  // channels per whole number of vectors
-    t.group_channels = std::min(e.channels, unit * std::max<int64_t>(1, segment / (unit * e.inner)));
+    channels = std::min(channels, unit * std::max<int64_t>(1, segment / (unit * e.inner)));
   }
-  t.group_width = fold > 1 ? t.row_length : t.group_channels * e.inner;
-  t.groups = ceil_div(e.channels, t.group_channels);
-  t.vectors = ceil_div(t.group_width, lanes);
-  t.height = static_cast<int>(std::clamp<int64_t>(most / t.vectors, 1, t.rows));
-  t.threads = whole_warps(t.vectors * t.height);
+  Tiling t = rows_tiling(e, lanes, fold, channels);
+  t.rows = ceil_div(e.numel(), t.row_length);  // the last may be short
+  set_block(t, most);
   return t;
 }
 
@@ -133,7 +126,6 @@ bool make_resident(const Problem& problem, const Device& device, bool aligned, P
     plan.why = why;
     return false;
   };
-  if (!plan.reduces || !plan.maps) return refuse("there is nothing to keep");
   if (problem.dtype == Dtype::float64) return refuse("float64 streams");
   const Extent& e = plan.extent;
   const int64_t inputs = traffic(problem).read_by_reduce;

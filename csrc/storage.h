@@ -43,6 +43,8 @@ struct OpMath<double> {
 template <class T>
 using opmath_t = typename OpMath<T>::type;
 
+constexpr int64_t opmath_bytes(Dtype dtype) { return dtype == Dtype::float64 ? 8 : 4; }
+
 // a * b + c. Of scalars, which kernels for a GPU compute with, rounded once; of vectors as the instruction
 // set has it.
 template <class V>

@@ -134,6 +134,11 @@ class Active:
         return () if self.activation_param is None else (self.activation_param,)
 
 
+def arguments_of(active: Active | None) -> tuple[str | None, float | None]:
+    """activation and activation_param."""
+    return (None, None) if active is None else (active.activation, active.activation_param)
+
+
 MODULES: dict[str, type[torch.nn.Module]] = {
     "relu": torch.nn.ReLU,
     "leaky_relu": torch.nn.LeakyReLU,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from bnext.functional import batch_norm
-from cases import Active
+from cases import Active, arguments_of
 from problem import Problem
 
 EPS = 1e-5
@@ -32,9 +32,7 @@ class Form:
         bias: Tensor | None = None,
         residual: Tensor | None = None,
     ) -> Tensor:
-        given = (
-            (None, None) if self.active is None else (self.active.activation, self.active.activation_param)
-        )
+        given = arguments_of(self.active)
         return batch_norm(
             x,
             *(self.running or (None, None)),

@@ -201,6 +201,7 @@ NETS: dict[str, Callable[[], nn.Module]] = {
     "called again in training": lambda: Net(again_in_training, block=block()),
     "called again after a question": lambda: Net(again_after_a_question, block=block()),
     "called again unseen": lambda: Net(again_unseen, block=block()),
+    "a residual written afterwards": lambda: Net(written_afterwards, norm=norm()),
     "an operator that writes": lambda: Net(writes(lambda h: torch.ops.aten.mul_.Tensor(h, 2)), norm=norm()),
     "data that is replaced": lambda: Net(writes(by_data), norm=norm()),
     "data that is written": lambda: Net(writes(lambda h: h.data.mul_(2)), norm=norm()),

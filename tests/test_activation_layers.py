@@ -65,7 +65,8 @@ def test_same_as_torchs_layers(pair: Pair, active: Active) -> None:
     theirs[0].load_state_dict(ours.state_dict())
     x = input_of(pair, torch.float64)
     for training in (True, False, True):
-        ours.train(training), theirs.train(training)
+        ours.train(training)
+        theirs.train(training)
         torch.testing.assert_close(
             step_and_buffers(ours, x), step_and_buffers(theirs, x), rtol=1e-11, atol=1e-12
         )
@@ -111,7 +112,8 @@ def test_state_dicts_both_ways(pair: Pair) -> None:
     fresh.load_state_dict(theirs.state_dict())
     for name, tensor in fresh.state_dict().items():
         assert torch.equal(tensor, ours.state_dict()[name]), name
-    fresh.eval(), ours.eval()
+    fresh.eval()
+    ours.eval()
     assert torch.equal(fresh(input_of(pair)), ours(input_of(pair)))
 
 
@@ -205,11 +207,6 @@ def test_empty(shape: tuple[int, ...], mode: Mode, device: str) -> None:
 def test_inplace_is_a_bool() -> None:
     with pytest.raises(TypeError, match="expected inplace as True or False, but got 'no'"):
         bnext.BatchNorm1d(3, inplace="no")
-
-
-def test_keywords_only() -> None:
-    with pytest.raises(TypeError, match="positional"):
-        bnext.BatchNorm1d(3, 1e-5, 0.1, True, True, None, None, "relu")
 
 
 @every_active

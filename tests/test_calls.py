@@ -259,7 +259,7 @@ def test_parametrized_weight() -> None:
     nn.init.constant_(plain.weight, 2.0)
     y, expected = layer(x), plain(x)
     assert torch.equal(y, expected)
-    y.square().sum().backward(), expected.square().sum().backward()
+    (y.square().sum() + expected.square().sum()).backward()
     assert torch.equal(layer.parametrizations.weight.original.grad, 2 * plain.weight.grad)
     for name, buffer in plain.named_buffers():
         assert torch.equal(layer.get_buffer(name), buffer), name

@@ -54,7 +54,8 @@ def test_a_network_there_and_back(network: Callable[[], nn.Module]) -> None:
         isinstance(module, nn.BatchNorm2d) for module in plain.modules()
     )
     for training in (True, False, True):
-        plain.train(training), converted.train(training)
+        plain.train(training)
+        converted.train(training)
         torch.testing.assert_close(step(converted, images()), step(plain, images()), **CLOSE)
     assert bnext.restore(converted) is converted
     assert kinds(converted) == kinds(plain)

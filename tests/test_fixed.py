@@ -59,7 +59,8 @@ def test_converted(kind: str, layout: torch.memory_format) -> None:
     assert isinstance(layer, FixedBatchNorm) and isinstance(layer, type(plain)) and repr(layer) == repr(plain)
     x = images().contiguous(memory_format=layout)
     for training in (True, False):
-        plain.train(training), layer.train(training)
+        plain.train(training)
+        layer.train(training)
         found, expected = step(nn.Sequential(layer), x), step(nn.Sequential(plain), x)
         torch.testing.assert_close(found, expected, **CLOSE)
     assert layer(x).is_contiguous(memory_format=layout)

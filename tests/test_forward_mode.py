@@ -220,7 +220,8 @@ def test_a_tangent_of_one_parameter_alone(which: str, dtype: torch.dtype, device
         generator = torch.Generator(device).manual_seed(1)
         x = torch.randn(4, 3, 5, 6, device=device, generator=generator).to(dtype)
         with torch.no_grad():
-            layer.weight.copy_(torch.linspace(0.5, 1.5, 3)), layer.bias.copy_(torch.linspace(-0.5, 0.5, 3))
+            layer.weight.copy_(torch.linspace(0.5, 1.5, 3))
+            layer.bias.copy_(torch.linspace(-0.5, 0.5, 3))
         parameters = {name: p.detach().clone().requires_grad_() for name, p in layer.named_parameters()}
         tangent = torch.ones_like(parameters[which])
         prefix = "" if layer is network else "0."

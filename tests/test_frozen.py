@@ -14,7 +14,7 @@ from torch.autograd import forward_ad
 import bnext
 from benchmarks.blocks import kept_bytes
 from benchmarks.resnet import resnet
-from cases import ACTIVE, LAYOUT, Active
+from cases import ACTIVE, LAYOUT, Active, arguments_of
 
 SHAPE = (4, 6, 5, 3)
 
@@ -157,7 +157,7 @@ def test_keeps_nothing_needless(
     active: Active | None, residual: bool, weight: bool, layout: str, device: str
 ) -> None:
     """And the gradients are those of a backward that has x, to second order, wherever dy lies."""
-    given = (None, None) if active is None else (active.activation, active.activation_param)
+    given = arguments_of(active)
     layer = bnext.BatchNorm2d(6, activation=given[0], activation_param=given[1]).to(device, torch.float64)
     layer.running_mean.normal_()
     nn.init.normal_(layer.weight)

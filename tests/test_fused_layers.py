@@ -28,6 +28,7 @@ from cases import (
     Active,
     Dtypes,
     Mode,
+    arguments_of,
 )
 from layers import CLASSES, Pair, assert_as_eager, every_class, every_copy, input_of, step_and_buffers
 from operators import (
@@ -53,7 +54,7 @@ class Block(nn.Module):
     def __init__(self, active: Active | None, inplace: bool, training: bool = True) -> None:
         super().__init__()
         torch.manual_seed(6)
-        given = (active.activation, active.activation_param) if active else (None, None)
+        given = arguments_of(active)
         self.first = nn.Conv2d(5, 5, 3, padding=1, bias=False)
         self.norm = bnext.BatchNorm2d(5, activation=given[0], activation_param=given[1], inplace=inplace)
         self.last = nn.Conv2d(5, 2, 1)
@@ -98,7 +99,7 @@ def test_compiled_by_inductor(active: Active | None, inplace: bool) -> None:
 @both_modes
 def test_compiled_over_the_graphs_own_input(training: bool, active: Active | None) -> None:
     """Who called sees the new values, and autograd the write."""
-    given = (active.activation, active.activation_param) if active else (None, None)
+    given = arguments_of(active)
     results = []
     for compiled in (False, True):
         layer = bnext.BatchNorm2d(5, activation=given[0], activation_param=given[1], inplace=True).train(
@@ -176,11 +177,6 @@ def test_state_dicts_both_ways(pair: Pair) -> None:
     pair[0](5, inplace=True).load_state_dict(theirs.state_dict())
 
 
-def test_keywords_only() -> None:
-    with pytest.raises(TypeError, match="positional"):
-        bnext.BatchNorm1d(3, 1e-5, 0.1, True, True, None, None, True)
-
-
 NOT_INVERTIBLE = [
     *((name, None) for name in ACTIVATIONS if name not in WITH_PARAMETER),
     *((name, param) for name in WITH_PARAMETER for param in (0.0, -1.0, 0, float("nan"), -float("inf"))),
@@ -215,7 +211,7 @@ def test_what_cannot_be_inverted(name: str, param: float | None) -> None:
 
 @pytest.mark.parametrize("active", INVERTIBLE, ids=str)
 def test_the_constructor_takes_what_can(active: Active | None) -> None:
-    given = (active.activation, active.activation_param) if active else (None, None)
+    given = arguments_of(active)
     layer = bnext.BatchNorm1d(5, activation=given[0], activation_param=given[1], inplace=True)
     x = input_of(CLASSES["1d"])
     assert layer(x) is x

@@ -12,7 +12,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import bnext
 from bnext.functional import batch_norm
-from cases import FLOAT32, FLOAT64, LAYOUT, TRAIN, Active
+from cases import FLOAT32, FLOAT64, LAYOUT, TRAIN, Active, arguments_of
 from operators import FORWARD, INPLACE
 from problem import Problem, make_active
 
@@ -33,7 +33,7 @@ def make(active: Active | None, inplace: bool, layout: str = "nhwc", device: str
 
 
 def layer_of(active: Active | None, inplace: bool) -> bnext.BatchNorm2d:
-    given = (None, None) if active is None else (active.activation, active.activation_param)
+    given = arguments_of(active)
     return bnext.BatchNorm2d(5, activation=given[0], activation_param=given[1], inplace=inplace)
 
 
@@ -62,7 +62,7 @@ def test_dynamic_batch(active: Active | None, inplace: bool) -> None:
 @every_form
 def test_func_grad(active: Active | None, inplace: bool, device: str) -> None:
     problem = make(active, inplace, device=device)
-    given = (None, None) if active is None else (active.activation, active.activation_param)
+    given = arguments_of(active)
 
     def loss(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None = None) -> Tensor:
         x = x * 1

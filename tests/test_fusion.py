@@ -37,7 +37,8 @@ def test_trains_and_infers_as_before(network: Callable[[], nn.Module], layout: t
     fused = bnext.fuse(copy.deepcopy(plain), images())
     x = images().contiguous(memory_format=layout)
     for training in (True, True, False, True):
-        plain.train(training), fused.train(training)
+        plain.train(training)
+        fused.train(training)
         torch.testing.assert_close(step(fused, x), step(plain, x), **CLOSE)
     torch.testing.assert_close(dict(fused.state_dict()), dict(plain.state_dict()), **CLOSE)
 

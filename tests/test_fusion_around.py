@@ -123,7 +123,8 @@ def test_what_forward_leaves_in_attributes() -> None:
     fused = bnext.fuse(plain, images())
     assert plain.penalty is None and plain.seen == []
     assert counts(fused.block) == {"norm+sigmoid": 1}
-    fused(images()), plain(images())
+    fused(images())
+    plain(images())
     torch.testing.assert_close(fused.penalty, plain.penalty, **CLOSE)
     assert fused.seen == plain.seen and fused.penalty.requires_grad
 

@@ -48,7 +48,8 @@ def test_it_does_the_same(name: str) -> None:
         return
     fused = copy.deepcopy(fused)
     for training in (True, True, False, True):
-        plain.train(training), fused.train(training)
+        plain.train(training)
+        fused.train(training)
         torch.testing.assert_close(step(fused, images()), step(plain, images()), **CLOSE)
         torch.testing.assert_close(dict(fused.state_dict()), dict(plain.state_dict()), **CLOSE)
 

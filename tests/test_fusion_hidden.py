@@ -94,9 +94,11 @@ def test_whatever_the_mode_around_fuse(
         assert (parameter.grad is None) == (gradient is None)
         if gradient is not None:
             torch.testing.assert_close(parameter.grad, gradient, rtol=1e-4, atol=1e-1)
-    fused.eval(), plain.eval()
+    fused.eval()
+    plain.eval()
     for dtype in (torch.float32, torch.bfloat16):
-        fused.to(dtype), plain.to(dtype)
+        fused.to(dtype)
+        plain.to(dtype)
         for enabled in (True, False):
             with torch.set_grad_enabled(enabled):
                 y, z = fused(x.to(dtype)), plain(x.to(dtype))

@@ -54,7 +54,8 @@ def test_the_blocks_are_fused(name: str) -> None:
     assert type(fused) is Net and isinstance(fused.block, FusedForward) and counts(fused.block) == BLOCK
     assert type(fused.other) is bnext.BatchNorm2d
     for training in (True, False, True):
-        plain.train(training), fused.train(training)
+        plain.train(training)
+        fused.train(training)
         torch.testing.assert_close(step(fused, images()), step(plain, images()), **CLOSE)
     torch.testing.assert_close(fused.state_dict(), plain.state_dict(), **CLOSE)
 
@@ -82,7 +83,8 @@ def test_modules_without_a_batch_norm_may_do_what_they_like() -> None:
     fused = bnext.fuse(network, images())
     assert isinstance(fused, FusedForward) and counts(fused) == {"norm+add+relu": 1}
     for training in (True, False):
-        network.train(training), fused.train(training)
+        network.train(training)
+        fused.train(training)
         torch.manual_seed(5)
         expected = network(images())
         torch.manual_seed(5)

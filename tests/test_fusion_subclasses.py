@@ -50,7 +50,8 @@ def test_a_network_of_them() -> None:
         assert type(getattr(plain, name)) is NormAct
     assert list(fused.state_dict()) == keys
     for training in (True, True, False, True):
-        before.train(training), fused.train(training)
+        before.train(training)
+        fused.train(training)
         torch.testing.assert_close(step(fused, images()), step(before, images()), **CLOSE)
     torch.testing.assert_close(dict(fused.state_dict()), dict(before.state_dict()), **CLOSE)
 
@@ -181,7 +182,8 @@ def test_converted_and_restored() -> None:
     assert [layer.activation for layer in layers] == ["relu", "silu", None]
     assert all(isinstance(layer, FusedBatchNorm) and isinstance(layer, NormAct) for layer in layers)
     for training in (True, False):
-        plain.train(training), before.train(training)
+        plain.train(training)
+        before.train(training)
         torch.testing.assert_close(step(plain, images()), step(before, images()), **CLOSE)
     assert len(seen) == 2
     assert bnext.restore(plain) is plain and [plain.bn1, plain.bn2, plain.bn3] == layers

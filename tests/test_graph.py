@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import bnext
 from bnext.functional import batch_norm
-from cases import ACTIVE, Active
+from cases import ACTIVE, Active, arguments_of
 from composed import Form
 
 
@@ -199,9 +199,7 @@ def test_second_order_where_dy_is_an_input(whose: str, training: bool, active: A
             y = y if residual is None else y + residual
             y = y if active is None else active.of(y)
         else:
-            activation, param = (
-                (None, None) if active is None else (active.activation, active.activation_param)
-            )
+            activation, param = arguments_of(active)
             y = batch_norm(*plain, activation=activation, activation_param=param, residual=residual)
         (first,) = torch.autograd.grad(y, v, grad_outputs=v, create_graph=True)
         return torch.autograd.grad(first.square().sum(), v)[0]

@@ -114,7 +114,8 @@ def test_a_limit_that_is_none(limit: object, error: type[Exception]) -> None:
 def test_gradients_written_at_once_lie_half_a_page_apart(shape: tuple[int, ...]) -> None:
     """Stores to the same place of two pages hold up loads from just below it; the last element has its place."""
     x, residual, dy = (torch.randn(shape) for _ in range(3))
-    x.requires_grad_(), residual.requires_grad_()
+    x.requires_grad_()
+    residual.requires_grad_()
     layer = bnext.BatchNorm2d(16, activation="relu")
     ours = torch.autograd.grad(layer(x, residual), (x, residual), dy)
     z = torch.nn.functional.batch_norm(x, None, None, training=True) + residual

@@ -43,7 +43,8 @@ def twins(
 def test_same_training_and_eval(pair: Pair, options: dict[str, Any], device: str) -> None:
     ours, theirs = twins(pair, device, **options)
     for mode in (True, True, True, False, True, False):
-        ours.train(mode), theirs.train(mode)
+        ours.train(mode)
+        theirs.train(mode)
         for x in inputs(pair, device):
             torch.testing.assert_close(layer_step(ours, x), layer_step(theirs, x), **CLOSE_OF_A_LAYER)
     torch.testing.assert_close(ours.state_dict(), theirs.state_dict(), **CLOSE_OF_A_LAYER)
@@ -57,7 +58,8 @@ def test_same_when_tracking_is_flipped(train_flags: tuple[bool, ...], device: st
         for layer in (ours, theirs):
             layer.track_running_stats = track
         for training in (True, False):
-            ours.train(training), theirs.train(training)
+            ours.train(training)
+            theirs.train(training)
             torch.testing.assert_close(layer_step(ours, x), layer_step(theirs, x), **CLOSE_OF_A_LAYER)
     torch.testing.assert_close(ours.state_dict(), theirs.state_dict(), **CLOSE_OF_A_LAYER)
 

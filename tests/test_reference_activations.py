@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from bnext import functional, reference, reference_activations
-from cases import ACTIVE, Active
+from cases import ACTIVE, Active, arguments_of
 
 Array = NDArray[np.float64]
 
@@ -89,7 +89,7 @@ def test_backward_is_the_slope_of_forward(active: Active | None, training: bool,
     random = np.random.default_rng(3)
     x, dy, residual = random.normal(size=(3, 6, 3, 2))
     weight, bias, mean, var = random.uniform(0.5, 2, size=(4, 3))
-    given = (None, None) if active is None else (active.activation, active.activation_param)
+    given = arguments_of(active)
     tensors = [torch.from_numpy(a).requires_grad_() for a in (x, weight, bias, residual)]
     running = [torch.from_numpy(a.copy()) for a in (mean, var)]
     z = torch.nn.functional.batch_norm(tensors[0], *running, *tensors[1:3], training, 0.1, 1e-5)

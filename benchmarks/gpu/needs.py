@@ -8,24 +8,24 @@ import shutil
 import subprocess
 from pathlib import Path
 
+from build_backend import nvcc
+
 OLDEST_TORCH = (2, 11)
 
 
 def cuda_tool(name: str) -> str | None:
     """The path of one of the toolkit's programs: under CUDA_HOME, on PATH, or beside nvcc."""
-    home = os.environ.get("CUDA_HOME")
-    found = shutil.which(name, path=str(Path(home) / "bin")) if home else None
-    found = found or shutil.which(name)
-    if found is None and name != "nvcc" and (nvcc := cuda_tool("nvcc")) is not None:
-        found = shutil.which(name, path=os.pathsep.join(_folders(nvcc)))
+    found = nvcc.find(name)
+    if found is None and (compiler := nvcc.find()) is not None:
+        found = shutil.which(name, path=os.pathsep.join(_folders(compiler)))
     return found
 
 
-def _folders(nvcc: str) -> list[str]:
+def _folders(compiler: str) -> list[str]:
     """That of nvcc, and of the toolkit that it says it belongs to, for nvcc may be a script."""
-    dry = subprocess.run([nvcc, "--dryrun", "-c", "any.cu"], capture_output=True, text=True, check=False)
+    dry = subprocess.run([compiler, "--dryrun", "-c", "any.cu"], capture_output=True, text=True, check=False)
     top = re.search(r"^#\$ TOP=(.*)$", dry.stdout + dry.stderr, re.MULTILINE)
-    return [str(Path(nvcc).resolve().parent), *([str(Path(top[1].strip()) / "bin")] if top else [])]
+    return [str(Path(compiler).resolve().parent), *([str(Path(top[1].strip()) / "bin")] if top else [])]
 
 
 def _torch_is_missing() -> str | None:
@@ -45,9 +45,7 @@ def _torch_is_missing() -> str | None:
 
 def missing() -> str | None:
     """One sentence, or None where everything is there."""
-    what = _torch_is_missing() or (
-        None if cuda_tool("nvcc") else "nvcc is neither under CUDA_HOME nor on PATH"
-    )
+    what = _torch_is_missing() or (None if cuda_tool("nvcc") else nvcc.MISSING)
     if what is None:
         return None
     return (

@@ -6,13 +6,11 @@ import torch
 from torch import Tensor, fx, nn
 from torch.autograd import forward_ad as fwAD
 
-from ..attributes import captured_modules
 from ..drawn_in import DrawnIn, TakesDrawnIn, what_follows
 from ..functional import batch_norm
 from ..torch_activations import followed
 from .formula import STATE, eps_of
-from .fused_forward import is_called_as, set_class
-from .tracing import takes
+from .fused_forward import can_stand_before, set_class
 
 __all__ = ["EPS", "FixedBatchNorm", "convert_fixed"]
 
@@ -20,9 +18,9 @@ EPS = "_fixed_eps"  # an attribute of layers that were converted
 
 
 class FixedBatchNorm(TakesDrawnIn):
-    """Before a class whose forward is a formula of fixed statistics (formula.py): our function, in one pass.
+    """Stands before a class whose forward is a formula of fixed statistics (formula.py), and computes it in one pass.
 
-    What broadcasts or promotes there, or keeps another order in memory, its own forward computes.
+    A call in which the formula would broadcast, promote or keep another order in memory goes to that forward.
     """
 
     def forward(
@@ -78,15 +76,10 @@ def convert_fixed(layer: nn.Module) -> bool:
 
 
 def _is_plain(layer: nn.Module) -> bool:
-    """Whether it has those four vectors and no other tensor, and its forward is that of its class."""
-    added = {name for cls in (FixedBatchNorm, TakesDrawnIn) for name in vars(cls)} - {*dir(nn.Module)}
+    """Whether it has those four vectors and no other tensor, and our forward may take the place of its own."""
     return (
         {name for name, t in (layer._parameters | layer._buffers).items() if t is not None} == {*STATE}
         and not layer._modules
         and all(isinstance(getattr(layer, name), Tensor) for name in STATE)
-        and is_called_as(layer, nn.Module)
-        and takes(layer, 1)
-        and "forward" not in vars(layer)
-        and not captured_modules(layer)
-        and not any(hasattr(layer, name) for name in {*added, EPS})
+        and can_stand_before((FixedBatchNorm, TakesDrawnIn), layer, nn.Module, (EPS,))
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
 from typing import Any, ClassVar, NamedTuple, cast
 from weakref import WeakValueDictionary
 
@@ -10,7 +11,10 @@ from torch import fx, nn
 from torch.fx.graph_module import _format_import_block, _forward_from_src
 from torch.package.importer import sys_importer
 
-__all__ = ["FusedForward", "is_called_as", "is_made", "own_class", "set_class", "set_forward"]
+from ..attributes import captured_modules
+from .tracing import takes
+
+__all__ = ["FusedForward", "can_stand_before", "is_made", "own_class", "set_class", "set_forward"]
 
 
 class FusedForward:
@@ -64,9 +68,22 @@ _WAYS = (
 )
 
 
-def is_called_as(module: nn.Module, base: type[nn.Module]) -> bool:
-    """Whether its class is called, copied and pickled as `base`, so that a made class may stand before it."""
-    return all(getattr(type(module), way, None) is getattr(base, way, None) for way in _WAYS)
+def can_stand_before(
+    classes: Iterable[type], layer: nn.Module, base: type[nn.Module], attributes: Iterable[str]
+) -> bool:
+    """Whether the forward of these classes may take the place of a layer's own, with attributes of these names.
+
+    Its forward has to be that of its class, of one input. It is called, copied and pickled as `base`, and no name of
+    ours means something to it already.
+    """
+    added = {name for cls in classes for name in vars(cls)} - {*dir(base)}
+    return (
+        all(getattr(type(layer), way, None) is getattr(base, way, None) for way in _WAYS)
+        and takes(layer, 1)
+        and "forward" not in vars(layer)
+        and not captured_modules(layer)
+        and not any(hasattr(layer, name) for name in {*added, *attributes})
+    )
 
 
 def is_made(module: nn.Module) -> bool:

@@ -14,7 +14,7 @@ __all__ = ["left_alone", "seed", "state"]
 
 
 def seed(value: int) -> None:
-    """Of all of them."""
+    """Seeds all of them."""
     # Without a GPU torch.manual_seed notes the seed, and a stack of calls, for one that might yet come.
     of_torch = torch if torch.accelerator.is_available() else torch.default_generator
     of_torch.manual_seed(value)
@@ -23,7 +23,7 @@ def seed(value: int) -> None:
 
 
 def state() -> tuple[object, ...]:
-    """Equal to another where nobody has drawn anything in between."""
+    """Of all of them; equal to an earlier one if nobody has drawn anything since."""
     return (
         torch.get_rng_state().tolist(),
         [one.tolist() for one in torch.cuda.get_rng_state_all()] if _uses_gpus() else None,
@@ -34,7 +34,7 @@ def state() -> tuple[object, ...]:
 
 @contextmanager
 def left_alone() -> Iterator[None]:
-    """Whatever is drawn within it, what follows draws as if nothing had been."""
+    """Puts all of them back in the end, whatever was drawn within it."""
     of_python, of_numpy = random.getstate(), np.random.get_state()
     with torch.random.fork_rng():
         try:

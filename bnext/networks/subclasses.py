@@ -10,17 +10,16 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.parametrize import is_parametrized
 
-from ..attributes import captured_modules
 from ..drawn_in import TakesDrawnIn
 from ..modules import OUR_ATTRIBUTES, OURS, FusedBatchNorm
 from .fixed import convert_fixed
-from .fused_forward import is_called_as, set_class
+from .formula import STATE
+from .fused_forward import can_stand_before, set_class
 from .readers import activation_of, arguments_of_norm, readers_of
-from .tracing import MODES, Proxy, Tracer, takes, traced
+from .tracing import MODES, Proxy, Tracer, traced
 
 __all__ = ["convert_subclasses"]
 
-_TENSORS = ("weight", "bias", "running_mean", "running_var")
 _Keywords = tuple[tuple[str, Any], ...]
 _COUNTER = "num_batches_tracked"
 
@@ -67,19 +66,12 @@ def _read(layer: _BatchNorm, ours: type[FusedBatchNorm]) -> _Keywords | None:
 
 
 def _is_plain(layer: nn.Module, ours: type[FusedBatchNorm]) -> bool:
-    """Whether its forward is that of its class, of torch's parameters and buffers, and no name means two things."""
-    added = {name for cls in (ours, FusedBatchNorm, TakesDrawnIn) for name in vars(cls)} - {
-        *dir(nn.BatchNorm2d)
-    }
+    """Whether it has torch's parameters and buffers alone, and our forward may take the place of its own."""
     own = {name for name, _ in layer.named_parameters()} | {name for name, _ in layer.named_buffers()}
     return (
-        is_called_as(layer, nn.BatchNorm2d)
-        and takes(layer, 1)
-        and "forward" not in vars(layer)
-        and not captured_modules(layer)
-        and not is_parametrized(layer)
-        and own <= {*_TENSORS, _COUNTER}
-        and not any(hasattr(layer, name) for name in {*OUR_ATTRIBUTES, *added})
+        not is_parametrized(layer)
+        and own <= {*STATE, _COUNTER}
+        and can_stand_before((ours, FusedBatchNorm, TakesDrawnIn), layer, nn.BatchNorm2d, OUR_ATTRIBUTES)
     )
 
 
@@ -108,7 +100,7 @@ def _keywords(layer: _BatchNorm, graph: fx.Graph, training: bool) -> _Keywords |
     (norm,) = (node for node in graph.nodes if node.target is F.batch_norm)
     given = arguments_of_norm(norm)
     tracking = training and layer.track_running_stats
-    tensors = {name: getattr(layer, name) for name in _TENSORS}
+    tensors = {name: getattr(layer, name) for name in STATE}
     if training and not tracking:
         tensors |= {"running_mean": None, "running_var": None}
     expected = {name: None if tensor is None else state[name] for name, tensor in tensors.items()}

@@ -90,7 +90,7 @@ def takes(module: nn.Module, inputs: int) -> bool:
 
 
 class _Unwritten:
-    """What a tensor is given for an attribute is in no graph, and torch.fx says nothing."""
+    """Refuses an attribute that forward sets on a tensor: no graph has it, and torch.fx drops it without a word."""
 
     _OWN = ("tracer", "node", "root", "attr", "_node")  # torch.fx's
 
@@ -101,13 +101,13 @@ class _Unwritten:
 
 
 class _Attribute(_Unwritten, fx.proxy.Attribute):
-    """One of a tensor, such as its dtype: whether a set has it nobody knows."""
+    """An attribute of a tensor, such as its dtype; no hash, as nobody knows yet whether it is in a set."""
 
     __hash__ = None  # type: ignore[assignment]
 
 
 class Proxy(_Unwritten, fx.Proxy):
-    """Where `a += b` writes to a. torch.fx by itself reads it as `a = a + b`."""
+    """Stands for a tensor, and records `a += b` as a write to a; torch.fx's own records `a = a + b`."""
 
     def __getattr__(self, name: str) -> _Attribute:
         return _Attribute(self, name)
@@ -164,11 +164,11 @@ class Tracer(fx.Tracer):
         return super().is_leaf_module(m, module_qualified_name)
 
     def kind_of_proxy(self, node: fx.Node) -> type[Proxy]:
-        """What stands for the value of a node."""
+        """The class of what stands for a node."""
         return Proxy
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
-        """One of these, which is watched."""
+        """What stands for the value of a node, noted for has_left_something()."""
         made = self.kind_of_proxy(node)(node, self)
         self._made.append(weakref.ref(made))
         return made

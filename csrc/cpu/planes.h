@@ -4,8 +4,7 @@
 // Included once per instruction set (see vector.h). Reducers keep sixteen lanes of double sums per channel.
 // Maps walk from the end to the beginning: what the reduce read last is still in cache.
 
-constexpr int64_t kJumpBytes =
-    64 << 10;  // fetched ahead where a slab leaves memory order: up to so much at once
+constexpr int64_t kJumpBytes = 64 << 10;  // a slab's part of an outer index that is fetched as a whole
 constexpr int64_t kLineBytes = 64;
 
 // f(channel, channels, offset of the first one's run, length of each run), outer indices ascending or

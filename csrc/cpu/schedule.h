@@ -50,11 +50,10 @@ inline bool can_stream(const Plan& plan, const void* out) {
   return plan.streaming_stores && reinterpret_cast<uintptr_t>(out) % 64 == 0;
 }
 
-// Work holds `operands`, `reduce` and `map` (tile functions or null), and
-//   prepare(channel_begin, channel_end)             before a slab is reduced,
-//   recenter(channel_begin, channel_end, sums)      says whether the sums must be taken again around better
-//   centers, fold(channel_begin, channel_end, const Sums*)   between reduce and map; sums are null where
-//   nothing was reduced.
+// Work holds `operands`, `reduce` and `map` (tile functions or null), and for channels [begin, end)
+// - prepare(begin, end), before they are reduced;
+// - recenter(begin, end, sums): whether they must be reduced again, around better centers;
+// - fold(begin, end, sums), between reduce and map; sums are null where nothing was reduced.
 template <class Work>
 void run(const Plan& plan, Work& work) {
   const Geometry& geometry = plan.geometry;
@@ -78,13 +77,10 @@ void run(const Plan& plan, Work& work) {
     });
   };
 
-  if (plan.schedule == Schedule::split && work.reduce != nullptr) {
+  if (plan.schedule == Schedule::split) {
     const int64_t tiles = plan.slabs * plan.chunks;
     std::vector<Sums> partial(static_cast<size_t>(plan.chunks * channels));
-    for_each_task(1, plan.slabs, [&](int64_t slab) {
-      const Tile tile = tile_at(slab, 0);
-      work.prepare(tile.channel_begin, tile.channel_end);
-    });
+    work.prepare(0, channels);
     auto reduce = [&] {
       for_each_task(plan.threads, tiles, [&](int64_t k) {
         const Tile tile = tile_at(k % plan.slabs, k / plan.slabs);
@@ -106,7 +102,7 @@ void run(const Plan& plan, Work& work) {
     return;
   }
 
-  if (work.reduce != nullptr) {
+  if (plan.schedule == Schedule::fused) {
     auto finish = [&](int64_t slab, bool last) {
       const Tile whole = tile_at(slab, 0);
       std::vector<Sums> sums(whole.channels()), part(plan.chunks > 1 ? whole.channels() : 0);

@@ -24,11 +24,6 @@ struct Tile {
 
 constexpr int kMaxCoefficients = 6;
 
-// Of the arithmetic type.
-BNEXT_HOST_DEVICE int64_t opmath_bytes(Dtype dtype) {
-  return dispatch(dtype, []<class T>() { return int64_t{sizeof(opmath_t<T>)}; });
-}
-
 // Bits of a mask that a tile writes at once.
 constexpr int64_t kMaskWord = 16;
 
@@ -45,8 +40,8 @@ struct Operands {
   bool fetches = false;            // ahead of what is read; where it is in cache, that costs up to a quarter
   bool fetches_first = false;      // reducers into the L1 cache
   const double* center = nullptr;  // per channel: what reducers subtract from x
-  const void* coefficients[kMaxCoefficients] =
-      {};  // per channel, in opmath: what maps apply, in formulas.h's order; see InputGradMap for backward
+  // Per channel, in opmath: what maps apply, in the order of formulas.h; for backward see InputGradMap.
+  const void* coefficients[kMaxCoefficients] = {};
   ActivationSpec activation;
 };
 

@@ -73,9 +73,9 @@ void launch_with(const BackwardParams& p, const Plan& plan, void* stream) {
   }
 }
 
-// Written by a reduce, read by a map.
+// The channels' sums, from the reduce to the map. Given ones are not written to: then nothing is reduced.
 Sums* totals_of(const BackwardArgs& args, const Workspace& workspace) {
-  if (args.sums_in != nullptr) return const_cast<Sums*>(args.sums_in);  // no reduce
+  if (args.sums_in != nullptr) return const_cast<Sums*>(args.sums_in);
   return args.sums_out != nullptr ? args.sums_out : static_cast<Sums*>(workspace.scratch);
 }
 
@@ -88,7 +88,7 @@ bool aligned(const BackwardArgs& args) {
 
 void backward(const BackwardArgs& args, const Plan& plan, const Workspace& workspace) {
   if (args.extent.numel() == 0) {
-    const int64_t bytes = args.extent.channels * (args.dtype == Dtype::float64 ? 8 : 4);
+    const int64_t bytes = args.extent.channels * opmath_bytes(args.dtype);
     for (void* grads : {args.dweight, args.dbias}) {
       if (grads != nullptr) fill_zero(kName, grads, bytes, workspace.stream);
     }

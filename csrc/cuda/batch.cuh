@@ -12,11 +12,9 @@
 
 namespace bnext::cuda {
 
-// kAllOrNone: every vector is there as a whole, on a boundary, or not at all; and the first is there.
-template <class Operation, int kVectors, bool kAllOrNone = false>
+// kWhole: every vector is there as a whole, on a boundary, or not at all; and the first is there.
+template <class Operation, int kVectors, bool kWhole = false>
 struct Batch {
-  static constexpr bool kWhole = kAllOrNone;
-
   Vector16 input[Operation::kInputs][kVectors];
   uint32_t bits[kVectors];   // of the mask, lane by lane
   uint32_t there[kVectors];  // the lanes that have an element

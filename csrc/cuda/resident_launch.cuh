@@ -11,7 +11,7 @@ namespace bnext::cuda {
 void resident_forward(const ForwardArgs& args, const Plan& plan, const Workspace& workspace);
 void resident_backward(const BackwardArgs& args, const Plan& plan, const Workspace& workspace);
 
-// The types that are kept.
+// dispatch() over the types that the resident engine takes: all but float64.
 template <class F>
 auto dispatch_kept(Dtype dtype, F&& f) {
   switch (dtype) {
