@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
-from on_cuda import AVAILABLE
+from on_cuda import AVAILABLE, leave_without_device
 
 DEVICES = ["cpu", "cuda"] if AVAILABLE else ["cpu"]
 
@@ -17,6 +17,14 @@ DEVICES = ["cpu", "cuda"] if AVAILABLE else ["cpu"]
 pytest.register_assert_rewrite(
     *{path.stem for path in Path(__file__).parent.glob("*.py")} - sys.modules.keys()
 )
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    if report.failed:
+        leave_without_device(f"{report.nodeid}\n{report.longreprtext}")
+    return report
 
 
 @pytest.fixture(params=DEVICES)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -15,6 +17,21 @@ from cases import BFLOAT16, BFLOAT16_WITH_FLOAT32, FLOAT16_WITH_FLOAT32, FLOAT32
 
 AVAILABLE = torch.cuda.is_available() and bool(bnext.build_info()["cuda"])
 DEVICE = "cuda"
+LOST_DEVICE = 3  # exit code
+
+
+def leave_without_device(failure: str) -> None:
+    """Ends a worker of pytest-xdist whose CUDA context is lost, for an error there is every later test's: another
+    worker takes its place, and the test counts as one that crashed."""
+    if not (AVAILABLE and "PYTEST_XDIST_WORKER" in os.environ):
+        return
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError as error:
+        print(f"{failure}\nthe device is lost: {error}", file=sys.__stderr__, flush=True)
+        os._exit(LOST_DEVICE)
+
+
 needs_cuda = pytest.mark.skipif(
     not AVAILABLE, reason="needs a GPU, a CUDA build of torch, and bnext built with CUDA"
 )

@@ -236,3 +236,19 @@ def test_a_run_is_kept_whole(tmp_path: Path) -> None:
     write(tmp_path / "run.json", run)
     assert driver.main(["--table", str(tmp_path / "run.json")]) == 0
     assert (tmp_path / "run.md").read_text() == markdown(run)
+
+
+@pytest.mark.parametrize("commit", ["abc", "other"])
+def test_stages_join_what_is_kept_of_the_same_commit(tmp_path: Path, commit: str) -> None:
+    run, kept = made_up(), tmp_path / "run.json"
+    run.machine["commit"] = "abc+"
+    run.stages = [stages.Outcome(name, stages.FAILED, 3.0, []).plain() for name in ("smoke", "bench")]
+    write(kept, run)
+    again = stages.Outcome("smoke", stages.PASSED, 2.0, ["all passed"])
+    driver.keep([again], kept, {**run.machine, "commit": commit})
+    found = read(kept)
+    if commit == "abc":
+        assert found.results == run.results and found.stages == [run.stages[1], again.plain()]
+    else:
+        assert found.results == [] and found.stages == [again.plain()] and found.machine["commit"] == commit
+    assert kept.with_suffix(".md").read_text() == markdown(found)

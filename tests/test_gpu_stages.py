@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import sys
+import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
+import on_cuda
 from benchmarks.gpu import needs, smoke, stages
 
 
@@ -29,6 +34,21 @@ def test_stages_pass_fail_and_stop(tmp_path: Path) -> None:
     skipped = stages.run(stage("", skip="no tool"), tmp_path)
     assert (skipped.outcome, skipped.details) == (stages.SKIPPED, ["no tool"])
     assert any("stopped at its limit" in line for line in stages.summary([good, bad, crash, late, skipped]))
+
+
+def test_one_that_overran_takes_from_those_after_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is known is kept after each of them."""
+    monkeypatch.setattr(stages, "SECONDS_TO_REPORT", 0.5)
+    deaf = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); time.sleep(60)"
+    chosen = [replace(stage(deaf, seconds=1), name=name) for name in ("first", "second", "third")]
+    kept: list[list[str]] = []
+    start = time.monotonic()
+    outcomes = stages.run_all(
+        chosen, tmp_path, lambda known: kept.append([outcome.name for outcome in known])
+    )
+    assert time.monotonic() - start < 3 + 2 * 3 * 0.5 + 2
+    assert all(outcome.details[0].startswith("stopped at its limit of") for outcome in outcomes)
+    assert kept == [["first"], ["first", "second"], ["first", "second", "third"]]
 
 
 def test_failures_of_tests_are_listed(tmp_path: Path) -> None:
@@ -68,11 +88,31 @@ def test_skipping_all_is_no_success(tmp_path: Path) -> None:
 
 
 def test_the_files_that_stages_name_exist() -> None:
-    assert all((stages.ROOT / name).is_file() for name in stages.CUDA_TESTS)
+    assert all((stages.ROOT / file).is_file() for file, _ in stages.CUDA_TESTS.values())
 
 
 def test_limits_of_all_stages_leave_time_for_the_build(tmp_path: Path) -> None:
     assert sum(stage.seconds for stage in stages.stages(tmp_path, tmp_path / "run.json")) <= 510
+
+
+@pytest.mark.parametrize("lost", [True, False])
+def test_a_worker_leaves_a_lost_device(lost: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error of a launch is every later call's too; a test that fails for another reason is none."""
+
+    def synchronize() -> None:
+        if lost:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    left: list[int] = []
+    monkeypatch.setattr(on_cuda, "AVAILABLE", True)
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    monkeypatch.setattr(os, "_exit", left.append)
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)
+    on_cuda.leave_without_device("a failure")
+    assert left == []
+    monkeypatch.setenv("PYTEST_XDIST_WORKER", "gw0")
+    on_cuda.leave_without_device("a failure")
+    assert left == [on_cuda.LOST_DEVICE] * lost
 
 
 def test_smoke_on_the_cpu(capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from benchmarks.gpu import needs, stages
 
@@ -49,39 +50,45 @@ def write_table(source: Path | None, target: Path) -> None:
     run = results.Run() if source is None else results.read(source)
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text(table.markdown(run))
-    print(target)
 
 
-def _keep(outcomes: Sequence[stages.Outcome], kept: Path) -> list[str]:
-    """Adds the stages to the file that the benchmark wrote, or to one of nothing; returns the bars missed."""
-    from benchmarks import machine
-    from benchmarks.gpu import device, results, table
+def keep(outcomes: Sequence[stages.Outcome], kept: Path, described: dict[str, Any]) -> list[str]:
+    """Adds the stages to the file that the benchmark wrote, or to one of nothing; returns the bars missed.
 
-    run = (
-        results.read(kept) if kept.exists() else results.Run({**machine.describe(), "gpu": device.describe()})
-    )
-    run.stages = [outcome.plain() for outcome in outcomes]
+    What the file has of the same commit stays, but for stages of these names.
+    """
+    from benchmarks.gpu import results, table
+
+    run = results.read(kept) if kept.exists() else results.Run(described)
+    if run.machine["commit"].rstrip("+") != described["commit"].rstrip("+"):
+        run = results.Run(described)
+    run.put_stages([outcome.plain() for outcome in outcomes])
     results.write(kept, run)
+    write_table(kept, kept.with_suffix(".md"))
     return table.missed(run)
 
 
 def run_stages(options: argparse.Namespace) -> int:
     import torch
 
+    from benchmarks import machine
+    from benchmarks.gpu import device
+
     kept = options.results.resolve() / f"{needs.file_name(torch.cuda.get_device_name(0))}.json"
     logs = options.logs.resolve()
+    described = {**machine.describe(), "gpu": device.describe()}  # now, for a stage may break the device
     chosen = [s for s in stages.stages(logs, kept) if not options.only or s.name in options.only]
     if any(stage.name == "bench" for stage in chosen):
         kept.unlink(
             missing_ok=True
         )  # should the benchmark not get so far, the old figures are not this run's
     start = time.monotonic()
-    outcomes = [stages.run(stage, logs) for stage in chosen]
+    outcomes = stages.run_all(chosen, logs, lambda known: keep(known, kept, described))
     print(f"\n== summary, {time.monotonic() - start:.0f} s in all, logs in {os.path.relpath(logs)}")
     print("\n".join(stages.summary(outcomes)))
-    for bar in _keep(outcomes, kept):
+    for bar in keep(outcomes, kept, described):
         print(f"missed: {bar}")
-    write_table(kept, kept.with_suffix(".md"))
+    print(kept.with_suffix(".md"))
     return 1 if any(outcome.outcome == stages.FAILED for outcome in outcomes) else 0
 
 
@@ -89,7 +96,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     if options.table is not None:
         source = None if options.table == Path() else options.table
-        write_table(source, options.results / "gpu.md" if source is None else source.with_suffix(".md"))
+        target = options.results / "gpu.md" if source is None else source.with_suffix(".md")
+        write_table(source, target)
+        print(target)
         return 0
     what = needs.missing()
     if what is not None:

@@ -46,6 +46,11 @@ class Run:
     def find(self, case: Case) -> Result | None:
         return next((result for result in self.results if result.case == case), None)
 
+    def put_stages(self, stages: Sequence[dict[str, Any]]) -> None:
+        """In place of earlier ones of the same names, behind the others."""
+        names = {stage["name"] for stage in stages}
+        self.stages = [stage for stage in self.stages if stage["name"] not in names] + [*stages]
+
     def put(self, result: Result) -> None:
         """In place of an earlier result of the same case, if there is one."""
         found = self.find(result.case)
@@ -76,7 +81,9 @@ def write(path: Path, run: Run) -> None:
     head = json.dumps({"machine": run.machine, "rates": run.rates, "host": host}, indent=1)[:-2]
     path.parent.mkdir(parents=True, exist_ok=True)
     body = [_lines("stages", run.stages), _lines("results", [_plain(result) for result in run.results])]
-    path.write_text(",\n".join([head, *body]) + "\n}\n")
+    new = path.with_suffix(".new")  # a whole file takes its place, whoever is interrupted
+    new.write_text(",\n".join([head, *body]) + "\n}\n")
+    new.replace(path)
 
 
 def read(path: Path) -> Run:

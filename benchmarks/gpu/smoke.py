@@ -191,16 +191,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print("largest errors against torch in float64 on the CPU, relative to the largest value")
     failed = 0
     for call in calls(options.small, options.waiting):
+        print(call, end=" ", flush=True)  # before it runs: it may never return
         try:
             found = errors(call, options.device)
         except Exception as error:
             failed += 1
-            print(f"{call} FAILED {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
+            print(f"FAILED {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
             continue
         wrong = [name for name, (error, allowed) in found.items() if not error <= allowed]  # NaN is wrong
         failed += bool(wrong)
         text = " ".join(f"{name} {error:.1e}" for name, (error, _) in found.items())
-        print(f"{call} {text}{' FAILED ' + ', '.join(wrong) if wrong else ''}", flush=True)
+        print(f"{text}{' FAILED ' + ', '.join(wrong) if wrong else ''}", flush=True)
     print(f"{failed} failed" if failed else "all passed")
     return 1 if failed else 0
 

@@ -2,7 +2,7 @@
 
 They stand in the order of how likely they are to be broken, and how little the rest is worth if they are. Whatever a
 stage prints goes on to the terminal and into a log of its own. The limits leave a minute and a half of ten for the
-build.
+build; one that overran its limit takes from those after it.
 """
 
 from __future__ import annotations
@@ -16,15 +16,20 @@ import sys
 import threading
 import time
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu.needs import cuda_tool
 
 ROOT = Path(__file__).resolve().parents[2]
-CUDA_TESTS = ("tests/test_cuda_graphs.py", "tests/test_cuda_calls.py")  # nothing beside them on the device
+# Tests with nothing beside them on the device, by stage, and seconds.
+CUDA_TESTS = {
+    "cuda_graphs": ("tests/test_cuda_graphs.py", 40),
+    "cuda_calls": ("tests/test_cuda_calls.py", 55),
+}
+SECONDS_OF_SILENCE = 30  # of one test, then it says where it is
 BENCH_RESERVE = 30  # seconds that a case may take which began just in time
 SECONDS_TO_REPORT = 5  # of a stage that was interrupted
 LONGEST_LIST = 12  # of failures, in the summary
@@ -67,12 +72,17 @@ def _has(module: str) -> bool:
 def _pytest(junit: Path, *selection: str) -> tuple[str, ...]:
     """-x is off: all of it runs, unless so much fails that a broken device is the likely cause."""
     options = ["-q", "--tb=short", "--maxfail=60", "-p", "no:cacheprovider", f"--junitxml={junit}"]
-    return ("-m", "pytest", *selection, *options)
+    return ("-m", "pytest", *selection, *options, "-o", f"faulthandler_timeout={SECONDS_OF_SILENCE}")
+
+
+def _workers(count: int) -> tuple[str, ...]:
+    """Where pytest has them: one that lost its device is replaced (tests/conftest.py)."""
+    return ("-n", str(count)) if _has("xdist") else ()
 
 
 def _tests(logs: Path) -> Stage:
-    """The tests of every device, on this one. Workers, where pytest has them: most of a test is NumPy on the CPU."""
-    ignored = [*CUDA_TESTS, "tests/cuda_on_host"]
+    """The tests of every device, on this one, by several workers: most of a test is NumPy on the CPU."""
+    ignored = [*(file for file, _ in CUDA_TESTS.values()), "tests/cuda_on_host"]
     if not _has("hypothesis"):
         ignored += [
             str(path.relative_to(ROOT)) for path in (ROOT / "tests").glob("test_*.py") if _hypothesis(path)
@@ -82,11 +92,18 @@ def _tests(logs: Path) -> Stage:
         "-k",
         "cuda and not on_host and not sources",
         *(f"--ignore={path}" for path in ignored),
+        *_workers(min(8, os.cpu_count() or 1)),
     ]
-    if _has("xdist"):
-        selection += ["-n", str(min(8, os.cpu_count() or 1))]
     junit = logs / "tests.xml"
-    return Stage("tests", 140, _pytest(junit, *selection), environment={"OMP_NUM_THREADS": "2"}, junit=junit)
+    return Stage("tests", 120, _pytest(junit, *selection), environment={"OMP_NUM_THREADS": "2"}, junit=junit)
+
+
+def _cuda_tests(logs: Path) -> list[Stage]:
+    made = []
+    for name, (file, seconds) in CUDA_TESTS.items():
+        junit = logs / f"{name}.xml"
+        made.append(Stage(name, seconds, _pytest(junit, file, *_workers(1)), junit=junit))
+    return made
 
 
 def _hypothesis(path: Path) -> bool:
@@ -108,16 +125,15 @@ def _sanitizer(tool: str, calls: str, seconds: float, environment: dict[str, str
 
 
 def stages(logs: Path, results: Path) -> list[Stage]:
-    junit = logs / "cuda_tests.xml"
-    bench = 140
+    bench = 95
     return [
         Stage("smoke", 45, ("-m", "benchmarks.gpu.smoke")),
-        Stage("waiting", 15, ("-m", "benchmarks.gpu.smoke", "--waiting")),
+        Stage("waiting", 30, ("-m", "benchmarks.gpu.smoke", "--waiting")),
         _tests(logs),
-        Stage("cuda_tests", 60, _pytest(junit, *CUDA_TESTS), junit=junit),
+        *_cuda_tests(logs),
         # Every tensor in memory of its own: torch's blocks would hide what runs over an edge.
         _sanitizer("memcheck", "small", 40, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}),
-        _sanitizer("memcheck", "waiting", 30, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}),
+        _sanitizer("memcheck", "waiting", 45, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}),
         _sanitizer("racecheck", "small", 40, {}),
         Stage(
             "bench",
@@ -167,6 +183,17 @@ def _stop(process: subprocess.Popen[str]) -> None:
             os.killpg(process.pid, how)
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(SECONDS_TO_REPORT)
+
+
+def run_all(chosen: Sequence[Stage], logs: Path, keep: Callable[[list[Outcome]], object]) -> list[Outcome]:
+    """Runs them one after the other, in no more time than their limits add up to; keeps what is known after each."""
+    deadline = time.monotonic() + sum(stage.seconds for stage in chosen if not stage.skip)
+    outcomes: list[Outcome] = []
+    for stage in chosen:
+        left = deadline - time.monotonic() - 2 * SECONDS_TO_REPORT
+        outcomes.append(run(replace(stage, seconds=max(1.0, min(stage.seconds, left))), logs))
+        keep(outcomes)
+    return outcomes
 
 
 def run(stage: Stage, logs: Path) -> Outcome:
