@@ -21,6 +21,7 @@ _OF_ALL = [getattr(nn.modules.module, f"_global{kind}") for kind in HOOKS]
 
 _Contents = tuple[list[object], list[object]]
 _MOST = 100_000  # objects that are looked at: an attribute may lead anywhere
+_ATOMS = (str, bytes, int, float, complex, type(None), Tensor)
 _NOT_WALKED = (
     nn.Module,  # parts of their own
     Tensor,
@@ -90,15 +91,17 @@ def captured_modules(module: nn.Module) -> list[str]:
 def is_held_otherwise(child: nn.Module, module: nn.Module) -> bool:
     """Whether an attribute of one of the module's parts leads to the child, but for the names of children: through
     containers, objects, functions around it, bound methods and partial ones."""
-    waiting = [value for part in module.modules() for name, value in vars(part).items() if name != "_modules"]
+    waiting = deque(
+        value for part in module.modules() for name, value in vars(part).items() if name != "_modules"
+    )
     seen: dict[int, object] = {}  # kept, so that no other object takes its number
     while waiting and len(seen) < _MOST:
-        value = waiting.pop()
+        value = waiting.popleft()  # what is near first: a long list must not hide it
         if value is child:
             return True
-        if id(value) not in seen:
+        if id(value) not in seen and not isinstance(value, _ATOMS):
             seen[id(value)] = value
-            waiting += _items(value) + _attributes(value) + _called(value)
+            waiting += [*_items(value), *_attributes(value), *_called(value)]
     return False
 
 

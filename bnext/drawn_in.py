@@ -41,9 +41,9 @@ class TakesDrawnIn(nn.Module):
     def _call_impl(self, *args: Any, **kwargs: Any) -> Any:
         """What torch calls a module by.
 
-        In a symbolic trace of what it is a part of the layer is one node, as torch's own are: the graph follows its
-        mode and its attributes, and hooks stay what they are. Otherwise hooks see the layer by itself, and what was
-        drawn in follows them.
+        In a symbolic trace of what it is a part of, a layer whose input is traced is one node, as torch's own are, by
+        whatever tracer: the graph follows its mode and its attributes, and hooks stay what they are. Otherwise hooks
+        see the layer by itself, and what was drawn in follows them.
         """
         input = args[0] if args else kwargs.get("input")
         if isinstance(input, _Proxy) and isinstance(input.tracer, fx.Tracer):

@@ -17,9 +17,9 @@ def freeze(module: Network, affine: bool = True) -> Network:
     """Keeps every batch norm in a module, or the module itself, in eval, whatever ``train()`` says later.
 
     In place. What torchvision's FrozenBatchNorm2d is for, with the layer's own class, parameters and state dict: the
-    running statistics normalise and stay, in training too, and whoever resets those of a network. With ``affine``
-    weight and bias do not require grad either; then backward keeps no input, unless an activation needs it: any but
-    those of which a bit is kept (relu, leaky_relu, relu6).
+    running statistics normalise and stay, in training and when somebody calls ``reset_running_stats``;
+    ``reset_parameters`` does reset them. With ``affine`` weight and bias do not require grad either; then backward
+    keeps no input, unless an activation needs it: any but those of which a bit is kept (relu, leaky_relu, relu6).
 
     Args:
         module: any module with layers of ours; :func:`bnext.convert` makes them.

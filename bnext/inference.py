@@ -1,8 +1,10 @@
-"""Inference where torch.compile or torch.export looks on: torch's operators, which write nothing.
+"""Inference that is compiled or exported: torch's operators, which write nothing.
 
 A compiler fuses them with what is around them and folds them into a convolution, and an exported program needs no
 bnext. One that nobody compiles has the rounding errors of torch's batch norm on the CPU, which grow with mean / std.
-Layers with ``inplace`` call their own operator all the same, and so does a batch whose size only the run knows.
+Our operator stays with ``inplace``, without running statistics, where a batch's size is known to the run alone, and in
+compiled code where a gradient will be asked for: it keeps less for backward, and no statistics, which may change by
+then.
 """
 
 from __future__ import annotations
@@ -12,7 +14,6 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.fx.experimental.symbolic_shapes import guard_or_false
 from torch.nn import functional as F
 
 from . import _C
@@ -40,6 +41,8 @@ def by_torch(
         (N, C, ...) of the input's dtype; None of what torch's operators do not take, or do not refuse.
     """
     follows = (residual, activation, activation_param)
+    if not isinstance(input, Tensor) or _keeps_for_backward(input, residual, *vectors):
+        return None
     if not (_is_taken(input, vectors, eps, ndims) and _is_followed(input, *follows)):
         return None
     if input.dtype not in _HALF or (residual is None and activation in _SAME_AFTER_ROUNDING):
@@ -53,7 +56,16 @@ def _in_its_dtype(input: Tensor, vectors: _Vectors, eps: float) -> Tensor:
     return F.batch_norm(input, running_mean, running_var, weight, bias, training=False, eps=eps)
 
 
+def _keeps_for_backward(*given: Tensor | None) -> bool:
+    wanted = any(one is not None and one.requires_grad for one in given)
+    return wanted and torch.is_grad_enabled() and not torch.compiler.is_exporting()
+
+
 def _is_taken(input: Tensor, vectors: _Vectors, eps: float, ndims: Sequence[int]) -> bool:
+    from torch.fx.experimental.symbolic_shapes import (
+        guard_or_false,
+    )  # half a second, which only a compiler needs
+
     given = [one for one in vectors if one is not None]
     if vectors[0] is None or vectors[1] is None or input.dim() < 2 or (ndims and input.dim() not in ndims):
         return False
@@ -79,5 +91,5 @@ def _is_followed(
     return (
         added
         and known
-        and (parameter is None or (activation in _C.WITH_PARAMETER and math.isfinite(parameter)))
+        and (parameter is None or (activation in _C.WITH_PARAMETER and -math.inf < parameter < math.inf))
     )

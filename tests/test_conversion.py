@@ -192,6 +192,7 @@ HOLD: dict[str, Callable[[nn.Module], object]] = {
     "deeper": lambda layer: {"first": deque([frozenset([layer])])},
     "object": lambda layer: types.SimpleNamespace(first=[layer]),
     "weak reference": weakref.ref,
+    "beside much": lambda layer: {"first": [layer], "vocabulary": list(range(200_000))},
     "bound method": lambda layer: layer.forward,
     "partial": lambda layer: functools.partial(nn.Module.__call__, layer),
     "closure": lambda layer: lambda x: layer(x),

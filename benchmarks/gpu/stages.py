@@ -186,11 +186,13 @@ def _stop(process: subprocess.Popen[str]) -> None:
 
 
 def run_all(chosen: Sequence[Stage], logs: Path, keep: Callable[[list[Outcome]], object]) -> list[Outcome]:
-    """Runs them one after the other, in no more time than their limits add up to; keeps what is known after each."""
-    deadline = time.monotonic() + sum(stage.seconds for stage in chosen if not stage.skip)
+    """Runs them one after the other, in the time of their limits and of one that does not stop; keeps what is known
+    after each."""
+    stopping = 2 * SECONDS_TO_REPORT
+    deadline = time.monotonic() + sum(stage.seconds for stage in chosen if not stage.skip) + stopping
     outcomes: list[Outcome] = []
     for stage in chosen:
-        left = deadline - time.monotonic() - 2 * SECONDS_TO_REPORT
+        left = deadline - time.monotonic() - stopping
         outcomes.append(run(replace(stage, seconds=max(1.0, min(stage.seconds, left))), logs))
         keep(outcomes)
     return outcomes

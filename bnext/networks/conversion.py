@@ -148,7 +148,7 @@ class NormActivation(nn.Module):
 def restore(module: nn.Module) -> nn.Module:
     """Makes every one of our layers in a module torch's again, for what knows torch's alone.
 
-    Exporters, ``nn.utils.fuse_conv_bn_eval``, quantization and ``nn.SyncBatchNorm.convert_sync_batchnorm`` go by the
+    ``nn.utils.fuse_conv_bn_eval``, quantization and ``nn.SyncBatchNorm.convert_sync_batchnorm`` go by the
     class and would drop an activation in silence. A layer without activation stays the same object; if it is called
     with a residual it then raises TypeError, as torch's do. One of a subclass that :func:`convert` was asked for has
     its own forward again. Another with an activation becomes ``norm`` in a :class:`NormActivation`, which takes a
