@@ -41,7 +41,8 @@ def by_torch(
         (N, C, ...) of the input's dtype; None of what torch's operators do not take, or do not refuse.
     """
     follows = (residual, activation, activation_param)
-    if not isinstance(input, Tensor) or _keeps_for_backward(input, residual, *vectors):
+    given = [input, *(one for one in (residual, *vectors) if one is not None)]
+    if not all(isinstance(one, Tensor) for one in given) or _keeps_for_backward(given):
         return None
     if not (_is_taken(input, vectors, eps, ndims) and _is_followed(input, *follows)):
         return None
@@ -56,15 +57,14 @@ def _in_its_dtype(input: Tensor, vectors: _Vectors, eps: float) -> Tensor:
     return F.batch_norm(input, running_mean, running_var, weight, bias, training=False, eps=eps)
 
 
-def _keeps_for_backward(*given: Tensor | None) -> bool:
-    wanted = any(one is not None and one.requires_grad for one in given)
-    return wanted and torch.is_grad_enabled() and not torch.compiler.is_exporting()
+def _keeps_for_backward(given: Sequence[Tensor]) -> bool:
+    wanted = torch.is_grad_enabled() and any(one.requires_grad for one in given)
+    return wanted and not torch.compiler.is_exporting()
 
 
 def _is_taken(input: Tensor, vectors: _Vectors, eps: float, ndims: Sequence[int]) -> bool:
-    from torch.fx.experimental.symbolic_shapes import (
-        guard_or_false,
-    )  # half a second, which only a compiler needs
+    # Here, for it takes half a second that nobody needs who does not compile.
+    from torch.fx.experimental.symbolic_shapes import guard_or_false
 
     given = [one for one in vectors if one is not None]
     if vectors[0] is None or vectors[1] is None or input.dim() < 2 or (ndims and input.dim() not in ndims):

@@ -52,7 +52,7 @@ class FusedBatchNorm(TakesDrawnIn, nn.modules.batchnorm._BatchNorm):
     """
 
     _ndims: ClassVar[tuple[int, ...]]
-    frozen = False
+    frozen = False  # asked before __init__ sets it: torch's resets the parameters
 
     def __init__(
         self,

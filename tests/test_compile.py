@@ -163,7 +163,7 @@ def test_export_of_a_cumulative_average() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("active", [None, "relu", "silu"])
 def test_inference_is_of_torchs_operators_and_writes_nothing(active: str | None, dtype: torch.dtype) -> None:
-    """An exported program needs no bnext, and a loss of what is normalised with may follow."""
+    """An exported program needs no bnext; neither it nor compiled code counts as writing the statistics."""
 
     class Adds(nn.Module):
         def __init__(self) -> None:
@@ -194,11 +194,10 @@ def test_inference_is_of_torchs_operators_and_writes_nothing(active: str | None,
 def test_compiled_inference_keeps_for_backward_what_ours_does(active: str | None) -> None:
     """No statistics, which may change before it, and of a frozen layer no tensor of the input's size."""
     layer, x = layer_of("2d", False, activation=active), input_of("2d").requires_grad_()
-    call = torch.compile(layer, fullgraph=True, backend="aot_eager")
-    y = call(x)
+    (expected,) = torch.autograd.grad(layer(x).sum(), x)
+    y = torch.compile(layer, fullgraph=True, backend="aot_eager")(x)
     layer.running_var.mul_(2)
-    y.sum().backward()
-    assert x.grad is not None
+    assert torch.equal(torch.autograd.grad(y.sum(), x)[0], expected)
     kept: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         torch.compile(bnext.freeze(layer), fullgraph=True, backend="aot_eager_decomp_partition")(x)
@@ -235,6 +234,13 @@ def test_inference_refuses_what_it_refuses_uncompiled(case: str) -> None:
         layer(x, **given)
     with pytest.raises(Exception, match=re.escape(str(eager.value).splitlines()[0])):
         torch.compile(layer, fullgraph=True, backend="aot_eager")(x, **given)
+
+
+@pytest.mark.parametrize("given", [{"input": [1.0]}, {"residual": 1.0}], ids=str)
+def test_inference_refuses_what_is_no_tensor(given: dict[str, Any]) -> None:
+    compiled = torch.compile(layer_of("2d", False), backend="aot_eager")
+    with pytest.raises(TypeError, match=f"expected {next(iter(given))} as a tensor, but got"):
+        compiled(**{"input": input_of("2d"), **given})
 
 
 def test_functional_call() -> None:
