@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from . import _C
 from .torch_activations import followed
 
-__all__ = ["by_torch"]
+__all__ = ["by_torch", "not_written"]
 
 _HALF = (torch.bfloat16, torch.float16)
 _SAME_AFTER_ROUNDING = (None, "relu", "relu6")
@@ -50,6 +50,12 @@ def by_torch(
         return followed(_in_its_dtype(input, vectors, eps), *follows)
     wide = [None if one is None else one.float() for one in vectors]
     return followed(_in_its_dtype(input.float(), wide, eps), *follows).to(input.dtype)
+
+
+def not_written(running: Tensor | None) -> Tensor | None:
+    """A copy for our operator: a compiled graph takes what the schema lets it write as written, in eval too, and what
+    an earlier graph kept of it for backward as spoilt."""
+    return running.clone() if isinstance(running, Tensor) else running
 
 
 def _in_its_dtype(input: Tensor, vectors: _Vectors, eps: float) -> Tensor:

@@ -204,6 +204,21 @@ def test_compiled_inference_keeps_for_backward_what_ours_does(active: str | None
     assert max(t.nbytes for t in kept) < x.nbytes / 4
 
 
+@pytest.mark.parametrize("inplace", [False, True])
+def test_compiled_inference_with_gradients_writes_no_statistics(inplace: bool) -> None:
+    """Else what an earlier loss keeps of them counts as spoilt."""
+    layer, x = layer_of("2d", False, activation="leaky_relu", inplace=inplace), input_of("2d")
+    scale = torch.ones(5, requires_grad=True)
+    on_statistics = (scale * layer.running_mean * layer.running_var).sum()
+    kept = {name: buffer.clone() for name, buffer in layer.named_buffers()}
+    y = torch.compile(layer, fullgraph=True, backend="aot_eager")(x.clone())
+    (expected,) = torch.autograd.grad(layer(x.clone()).square().sum(), layer.weight)
+    (y.square().sum() + on_statistics).backward()
+    assert torch.equal(layer.weight.grad, expected)
+    assert torch.equal(scale.grad, kept["running_mean"] * kept["running_var"])
+    assert all(torch.equal(buffer, kept[name]) for name, buffer in layer.named_buffers())
+
+
 def test_a_parameter_that_varies_stays_in_the_graph() -> None:
     mean, var, x = torch.zeros(5), torch.ones(5), input_of("2d")
 
