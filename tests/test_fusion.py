@@ -158,7 +158,7 @@ def test_modules_called_by_keyword() -> None:
 
 def test_identities_stand_in_nobodys_way() -> None:
     def forward(net: Net, x: torch.Tensor) -> torch.Tensor:
-        return net.rest(net.f(net.drop(net.norm(x)) + net.rest(x)))
+        return net.rest(net.f(net.drop(input=net.norm(x)) + net.rest(net.rest(input=x))))
 
     parts = {"norm": nn.BatchNorm2d(3), "f": nn.ReLU(), "drop": nn.Identity(), "rest": nn.Identity()}
     network = Net(forward, **parts).double()

@@ -38,12 +38,18 @@ def drops(net: Net, x: Tensor) -> Tensor:
     return F.dropout(net.block(x), 0.0, net.training)
 
 
+def by_keyword(net: Net, x: Tensor) -> list[Tensor] | Tensor:
+    y = net.block(x=x)
+    return [y, net.other(x)] if net.training else y
+
+
 # Each calls a block once.
 WHOLE: dict[str, Callable[[Net, Tensor], object]] = {
     "values": until,
     "control flow": by_type,
     "other outputs in training": in_training,
     "the mode as an argument": drops,
+    "a keyword": by_keyword,
 }
 
 

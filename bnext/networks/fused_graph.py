@@ -87,7 +87,7 @@ def _residual(module: nn.Module, node: fx.Node, order: dict[fx.Node, int]) -> tu
     handed_on = []
     while isinstance(other, fx.Node) and is_nothing(module, other):
         handed_on.append(other)
-        other = other.args[0]
+        (other,) = other.all_input_nodes
     if not isinstance(other, fx.Node) or other is node or order[other] > order[node]:
         return None, []
     # A parameter may have the example's batch size and no other.

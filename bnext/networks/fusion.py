@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from itertools import chain
@@ -197,14 +198,15 @@ def _fuse_whole(module: nn.Module, behaviour: Behaviour) -> bool:
 
 
 def _inputs(module: nn.Module, example_inputs: tuple[Any, ...]) -> _Inputs:
-    """What each module is called with by position the first time, in training."""
+    """What each module is called with the first time, in training, where all of it can be given by position."""
     found: _Inputs = {}
     work = copy.deepcopy(module).train()
     for name, part in work.named_modules():
 
-        def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], name: str = name) -> None:
-            if not kwargs:
-                found.setdefault(name, tree_map_only(Tensor, lambda x: x.detach().clone(), args))
+        def note(part: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], name: str = name) -> None:
+            given = inspect.signature(part.forward).bind(*args, **kwargs)
+            if not given.kwargs:
+                found.setdefault(name, tree_map_only(Tensor, lambda x: x.detach().clone(), given.args))
 
         if has_norm(part):
             part.register_forward_pre_hook(note, with_kwargs=True)

@@ -56,7 +56,8 @@ def activation_of(module: nn.Module, node: fx.Node) -> tuple[Activation | None, 
 
 def is_nothing(module: nn.Module, node: fx.Node) -> bool:
     """A call of nn.Identity, which networks put where something could stand: it hands on its argument itself."""
-    if node.op != "call_module" or len(node.args) != 1 or not isinstance(node.args[0], fx.Node):
+    given = [*node.args, *node.kwargs.values()]
+    if node.op != "call_module" or len(given) != 1 or not isinstance(given[0], fx.Node):
         return False
     called = module.get_submodule(str(node.target))
     return type(called) is nn.Identity and not has_hooks(called)
