@@ -6,6 +6,7 @@ from typing import TypeVar
 
 from torch import nn
 
+from .arguments import require
 from .modules import FusedBatchNorm, require_module
 
 __all__ = ["freeze", "unfreeze"]
@@ -29,10 +30,11 @@ def freeze(module: Network, affine: bool = True) -> Network:
         The same module.
 
     Raises:
-        TypeError: it is no module.
+        TypeError: it is no module, or affine no bool.
         ValueError: there is a batch norm of another class, a layer without running statistics, or no layer at all;
             nothing has changed then.
     """
+    require("affine", affine, "bool")
     layers = _layers(module)
     for name, layer in layers.items():
         if layer.running_mean is None or layer.running_var is None:
@@ -46,6 +48,7 @@ def unfreeze(module: Network, affine: bool = True) -> Network:
     Raises:
         TypeError, ValueError: as :func:`freeze`, but for the statistics.
     """
+    require("affine", affine, "bool")
     return _set(module, _layers(module), False, affine)
 
 

@@ -1,12 +1,12 @@
 """The function behind the modules. It calls the whole operators; batching.py does so too, for many examples at once."""
 
 from collections.abc import Sequence
-from numbers import Real
 
 import torch
 from torch import Tensor
 
 from . import _C
+from .arguments import require
 from .holding import are_held
 from .inference import by_torch, not_written
 
@@ -14,6 +14,8 @@ __all__ = ["ACTIVATIONS", "batch_norm", "check_activation"]
 
 ACTIVATIONS = _C.ACTIVATIONS
 WITH_PARAMETER = _C.WITH_PARAMETER
+
+_TYPES = [(a.name, str(a.type)) for a in torch.ops.bnext.batch_norm.default._schema.arguments]
 
 
 def check_activation(activation: str | None, activation_param: float | None, inplace: bool = False) -> None:
@@ -24,19 +26,10 @@ def check_activation(activation: str | None, activation_param: float | None, inp
         ValueError: not one of ACTIVATIONS or None; a parameter for one that has none, or that is not finite; with
             inplace, one that cannot be inverted.
     """
-    if not isinstance(activation, str | None):
-        raise TypeError(f"expected activation as a name or None, but got {activation!r}")
-    if not isinstance(activation_param, Real | None):
-        raise TypeError(f"expected activation_param as a number or None, but got {activation_param!r}")
-    if not isinstance(inplace, bool):
-        raise TypeError(f"expected inplace as True or False, but got {inplace!r}")
+    require("activation", activation, "Optional[str]")
+    require("activation_param", activation_param, "Optional[float]")
+    require("inplace", inplace, "bool")
     _C.check_activation(activation, None if activation_param is None else float(activation_param), inplace)
-
-
-def _require_tensor(name: str, given: object) -> None:
-    """Or what stands for one, by torch's protocol; the operator would name all of its arguments."""
-    if not isinstance(given, Tensor) and not hasattr(type(given), "__torch_function__"):
-        raise TypeError(f"expected {name} as a tensor, but got {type(given).__name__}")
 
 
 def batch_norm(
@@ -107,7 +100,7 @@ def batch_norm(
         (N, C, ...) of the input's dtype; with inplace the input itself.
 
     Raises:
-        TypeError: an input or a residual that is no tensor.
+        TypeError: an argument of another type, such as a list for a tensor.
         ValueError: fewer than two dimensions, no channel, one value per channel in training, bad eps, an unknown
             activation, a parameter for one that has none or that is not finite; inplace with a residual or with an
             activation that cannot be inverted.
@@ -148,13 +141,21 @@ def batch_norm(
         skip_nonfinite,
     )
     if inplace:
-        torch.ops.bnext.batch_norm_.default(input, *arguments)
+        try:
+            torch.ops.bnext.batch_norm_.default(input, *arguments)
+        except RuntimeError:  # of the types too, which take a third of a small call to look at
+            _require_types(input, None, *arguments)
+            raise
         return input
     # The same operator: 4 microseconds for a small batch, 10 by torch.ops, to which it leaves what only that reads.
     output = None if compiling else _C.batch_norm(input, residual, *arguments)
     if output is None:
-        _require_tensor("input", input)
-        if residual is not None:
-            _require_tensor("residual", residual)
+        _require_types(input, residual, *arguments)
         output = torch.ops.bnext.batch_norm.default(input, residual, *arguments)[0]
     return output
+
+
+def _require_types(*given: object) -> None:
+    """Of the operator's arguments, in its order."""
+    for (name, kind), argument in zip(_TYPES, given, strict=False):  # the last have their defaults
+        require("input" if name == "x" else name, argument, kind)

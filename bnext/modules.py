@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
+from .arguments import require
 from .drawn_in import DrawnIn, TakesDrawnIn, what_follows
 from .functional import batch_norm, check_activation
 from .holding import are_held
@@ -72,6 +73,8 @@ class FusedBatchNorm(TakesDrawnIn, nn.modules.batchnorm._BatchNorm):
         skip_nonfinite: bool = False,
     ) -> None:
         check_activation(activation, activation_param, inplace)
+        require("unbiased_running_var", unbiased_running_var, "bool")
+        require("skip_nonfinite", skip_nonfinite, "bool")
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype)
         if not bias:
             self.register_parameter("bias", None)

@@ -156,11 +156,12 @@ def test_modules_called_by_keyword() -> None:
     torch.testing.assert_close(step(fused, images()), step(network, images()), **CLOSE)
 
 
-def test_identities_stand_in_nobodys_way() -> None:
+@pytest.mark.parametrize("drop", [nn.Identity(), nn.Dropout(0.0), nn.Dropout2d(0, inplace=True)], ids=str)
+def test_identities_stand_in_nobodys_way(drop: nn.Module) -> None:
     def forward(net: Net, x: torch.Tensor) -> torch.Tensor:
         return net.rest(net.f(net.drop(input=net.norm(x)) + net.rest(net.rest(input=x))))
 
-    parts = {"norm": nn.BatchNorm2d(3), "f": nn.ReLU(), "drop": nn.Identity(), "rest": nn.Identity()}
+    parts = {"norm": nn.BatchNorm2d(3), "f": nn.ReLU(), "drop": drop, "rest": nn.Identity()}
     network = Net(forward, **parts).double()
     fused = bnext.fuse(network, images())
     assert counts(fused) == {"norm+add+relu": 1}

@@ -226,8 +226,8 @@ WRONG: dict[str, tuple[type[Exception], str, Any]] = {
     "integer": (RuntimeError, "expected residual of the input's dtype Float, but got Long", ONES.long()),
     "device": (RuntimeError, "expected residual on the input's device cpu, but got meta", ONES.to("meta")),
     "sparse": (NotImplementedError, "SparseCPU", ONES.to_sparse()),
-    "array": (TypeError, "residual as a tensor, but got ndarray", np.ones((2, 3, 4), np.float32)),
-    "float": (TypeError, "residual as a tensor, but got float", 1.0),
+    "array": (TypeError, "residual as a tensor or None, but got ndarray", np.ones((2, 3, 4), np.float32)),
+    "float": (TypeError, "residual as a tensor or None, but got float", 1.0),
 }
 
 

@@ -47,6 +47,16 @@ def test_unknown_instruction_set() -> None:
     assert "got x86-64-v9" in run.stderr
 
 
+def test_a_call_that_cannot_begin_counts_no_batch() -> None:
+    call = (
+        "import bnext, contextlib, torch; layer = bnext.BatchNorm1d(3)\n"
+        "with contextlib.suppress(RuntimeError): print(layer(torch.randn(5, 3)))\n"
+        "print(layer.num_batches_tracked.item())"
+    )
+    run = python("x86-64-v9", "-c", call)
+    assert run.stdout.strip() == "0", run.stderr
+
+
 # Bytes of x alone, so that x and y together are half as large again as the last-level cache. Beyond a gigabyte the
 # test would need more memory than it is worth; the limit then tests the largest tensors that are.
 LARGE_BYTES = min(max(3 * BUILD["shared_cache"] // 4, 1 << 22), 1 << 30)

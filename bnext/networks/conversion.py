@@ -8,6 +8,7 @@ from typing import TypeVar
 from torch import Tensor, nn
 from torch import distributed as dist
 
+from ..arguments import require
 from ..attributes import has_hooks, is_held_otherwise
 from ..drawn_in import TakesDrawnIn
 from ..modules import OUR_ATTRIBUTES, OURS, FusedBatchNorm, SyncBatchNorm, require_module
@@ -55,10 +56,11 @@ def convert(module: Network, *, subclasses: bool = False) -> Network:
         The same module.
 
     Raises:
-        TypeError: it is no module.
+        TypeError: it is no module, or subclasses no bool.
         ValueError: one of torch's layers has an attribute or a child that somebody gave it and that would mean
             something to ours; nothing has changed then.
     """
+    require("subclasses", subclasses, "bool")
     convert_classes(module, {**OURS, **_SYNCHRONIZED})
     if subclasses:
         convert_subclasses(module)

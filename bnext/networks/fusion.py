@@ -42,13 +42,14 @@ def fuse(module: Network, *example_inputs: Any) -> Network:
     other buffers. `module` stays as it is. Classes, attributes, methods, hooks and names are the same in the copy, and
     so is what its modules compute where somebody calls them by themselves. What torch.fx can trace has the forward of
     the traced graph, and what Python decided while it was traced is decided for good: attributes that forward asks for,
-    and the number of dimensions. It calls layers, not the modules between it and them, nor activations that are drawn
-    in: hooks put on those afterwards do not run, and what is put in their place or appended is not called. So shard,
-    wrap or hook blocks first and fuse what is in them. Hooks put afterwards on a batch norm see what they would have
-    seen, at the price of its fusion; what replaces it is called with a keyword drawn_in. Where a module cannot be
-    traced, does something else in training than in eval, has arguments with defaults, draws random numbers or leaves
-    something in an attribute, its own forward stays and the modules in it are fused one by one. What forward does to
-    globals, or to objects that its class holds, is seen only where a tensor stays there.
+    a dropout of 0 before what is drawn in, and the number of dimensions. It calls layers, not the modules between it
+    and them, nor activations that are drawn in: hooks put on those afterwards do not run, and what is put in their
+    place or appended is not called. So shard, wrap or hook blocks first and fuse what is in them. Hooks put afterwards
+    on a batch norm see what they would have seen, at the price of its fusion; what replaces it is called with a keyword
+    drawn_in. Where a module cannot be traced, does something else in training than in eval, has arguments with
+    defaults, draws random numbers or leaves something in an attribute, its own forward stays and the modules in it are
+    fused one by one. What forward does to globals, or to objects that its class holds, is seen only where a tensor
+    stays there.
 
     Layers of a subclass of torch's, such as timm's BatchNormAct2d, that compute what ours do, with one of the
     activations, and those of fixed statistics, such as torchvision's FrozenBatchNorm2d, get the forward of ours as
@@ -57,7 +58,7 @@ def fuse(module: Network, *example_inputs: Any) -> Network:
 
     Args:
         module: any module.
-        example_inputs: what forward takes, with values as in training and more than one value per channel
+        example_inputs: what forward takes, by position, with values as in training and more than one value per channel
             everywhere. A dozen steps of it are computed, so that a few small images do. Where tensors that are added
             are equal in size here they have to be so always. Under autocast call this under autocast too. Fuse before
             :func:`bnext.synchronize`, which keeps what was drawn in: into synchronized layers nothing is.

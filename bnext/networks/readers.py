@@ -54,10 +54,15 @@ def activation_of(module: nn.Module, node: fx.Node) -> tuple[Activation | None, 
     return found, chain if found is not None else []
 
 
+_DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
+
+
 def is_nothing(module: nn.Module, node: fx.Node) -> bool:
-    """A call of nn.Identity, which networks put where something could stand: it hands on its argument itself."""
+    """A call that hands on its argument itself: of what networks put where something could stand, nn.Identity or a
+    dropout of 0."""
     given = [*node.args, *node.kwargs.values()]
     if node.op != "call_module" or len(given) != 1 or not isinstance(given[0], fx.Node):
         return False
     called = module.get_submodule(str(node.target))
-    return type(called) is nn.Identity and not has_hooks(called)
+    is_identity = type(called) is nn.Identity or (type(called) in _DROPOUTS and bool(called.p == 0))
+    return is_identity and not has_hooks(called)

@@ -64,19 +64,20 @@ void clear_mask(const ForwardArgs& args, const Geometry& geometry) {
 }  // namespace
 
 void forward(const ForwardArgs& args, const Plan& plan) {
+  int64_t* const counter = args.num_batches_tracked;
+  const int64_t count = counter != nullptr ? *counter + 1 : 0;
   double factor = args.momentum;
-  if (args.num_batches_tracked != nullptr) ++*args.num_batches_tracked;
-  if (args.cumulative)
-    factor = args.num_batches_tracked ? 1.0 / static_cast<double>(*args.num_batches_tracked) : 0.0;
+  if (args.cumulative) factor = counter != nullptr ? 1.0 / static_cast<double>(count) : 0.0;
   if (args.extent.numel() == 0) {
     std::fill(args.mean, args.mean + args.extent.channels, 0.0);
     std::fill(args.invstd, args.invstd + args.extent.channels, 0.0);
     if (args.var != nullptr) std::fill(args.var, args.var + args.extent.channels, 0.0);
-    return;
+  } else {
+    if (args.mask != nullptr) clear_mask(args, plan.geometry);
+    ForwardWork work(args, factor, plan);
+    run(plan, work);
   }
-  if (args.mask != nullptr) clear_mask(args, plan.geometry);
-  ForwardWork work(args, factor, plan);
-  run(plan, work);
+  if (counter != nullptr) *counter = count;  // at last: there may have been no memory for the work
 }
 
 }  // namespace bnext::cpu
