@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import pickle
 from collections.abc import Callable
 
 import pytest
@@ -196,3 +197,16 @@ def test_a_residual_of_another_batch_size() -> None:
     """Sizes of the example decide which additions are of equal tensors, not the sizes of later calls."""
     fused = bnext.fuse(make(NETWORKS["torchvision"]), images())
     assert fused(images()[:2]).shape == (2, 3)
+
+
+def test_the_network_says_what_is_drawn_in() -> None:
+    """Beside what its own class says."""
+    network = nn.Sequential(
+        nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.ELU(2.0), make(lambda: BasicBlock(3, 3))
+    )
+    fused = bnext.fuse(network, images())
+    drawn = ["1 + elu(2.0)", "3.bn1 + relu", "3.bn2 + residual + relu"]
+    for one in (fused, copy.deepcopy(fused), pickle.loads(pickle.dumps(fused))):
+        lines = repr(one).splitlines()
+        assert lines[1:4] == [f"  drawn in: {what}" for what in drawn] and "(0): Conv2d" in lines[4]
+    assert "drawn in" not in repr(fused[3]) + repr(network)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import copy
 from collections.abc import Iterable
 from typing import Any, ClassVar, NamedTuple, cast
@@ -29,6 +30,13 @@ class FusedForward:
     def __init_subclass__(cls) -> None:
         """Stops here: a class that notes its subclasses need not know of one that nobody can name."""
 
+    def extra_repr(self) -> str:
+        """Of the class that it was, and a line for each layer with what is drawn into it."""
+        lines = [str(super().extra_repr())]  # type: ignore[misc]
+        if isinstance(text := self._made_of.forward, str):
+            lines += [f"drawn in: {layer} + {' + '.join(what)}" for layer, what in _drawn_in(text).items()]
+        return "\n".join(line for line in lines if line)
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         """As the class that it was, and where forward is from."""
         reduced: Any = super().__reduce_ex__(2)
@@ -55,6 +63,31 @@ def set_forward(module: nn.Module, graph: fx.Graph) -> None:
 def set_class(module: nn.Module, first: type[nn.Module]) -> None:
     """Gives a module the forward and the methods of a class, before those of its own."""
     module.__class__ = _fused_class(own_class(module), first)
+
+
+def _drawn_in(text: str) -> dict[str, list[str]]:
+    """What a forward of ours has its layers compute besides, by their names."""
+    found = {}
+    for call in ast.walk(ast.parse(text)):
+        for keyword in call.keywords if isinstance(call, ast.Call) else ():
+            if keyword.arg == "drawn_in" and isinstance(keyword.value, ast.Tuple):
+                residual, name, parameter = map(ast.unparse, keyword.value.elts)
+                active = [] if name == "None" else [ast.literal_eval(name)]
+                if parameter != "None":
+                    active = [f"{active[0]}({parameter})"]
+                found[_path(cast(ast.Call, call).func)] = ["residual"] * (residual != "None") + active
+    return found
+
+
+def _path(called: ast.expr) -> str:
+    """Of self.layer1 or, where a name is no identifier, of getattr(self.layer1, "0")."""
+    if isinstance(called, ast.Attribute):
+        of, name = called.value, called.attr
+    elif isinstance(called, ast.Call):
+        of, name = called.args[0], ast.literal_eval(called.args[1])
+    else:
+        return ""
+    return f"{_path(of)}.{name}".removeprefix(".")
 
 
 _WAYS = (

@@ -64,7 +64,8 @@ def fuse(module: Network, *example_inputs: Any) -> Network:
             :func:`bnext.synchronize`, which keeps what was drawn in: into synchronized layers nothing is.
 
     Returns:
-        The fused network, of a subclass of its class, in the mode of `module`.
+        The fused network, of a subclass of its class, in the mode of `module`. Printed, each part that has another
+        forward says what that draws in.
 
     Raises:
         TypeError: it is no module.
