@@ -201,9 +201,8 @@ def test_a_residual_of_another_batch_size() -> None:
 
 def test_the_network_says_what_is_drawn_in() -> None:
     """Beside what its own class says."""
-    network = nn.Sequential(
-        nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.ELU(2.0), make(lambda: BasicBlock(3, 3))
-    )
+    parts = [nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.ELU(2.0), BasicBlock(3, 3)]
+    network = nn.Sequential(*parts).double()
     fused = bnext.fuse(network, images())
     drawn = ["1 + elu(2.0)", "3.bn1 + relu", "3.bn2 + residual + relu"]
     for one in (fused, copy.deepcopy(fused), pickle.loads(pickle.dumps(fused))):
