@@ -10,7 +10,8 @@ in float64, and rounded once into its *storage* type:
 Intermediates are listed by size, so that cancellation is allowed for where the formula cancels and nowhere else.
 All sums are over elements of a channel. A sum in s-element chains, merged in float64, has an error of about
 u * sqrt(s) * sqrt(n) * rms(terms), far below u * sum|terms| for any n; CHAIN = 4 allows for short sums, where the
-square roots do not help.
+square roots do not help. That is of terms that round either way. Equal ones, as of dy = 1, may all round one way: in
+float64 dbias is then off by up to 45 u for 4 million elements, where torch's is by 8 u. No test sums such.
 
 No bound grows with mean/std in float32: deviations are taken from a centre near the mean, exactly, and the mean
 itself is known in float64. What float64 cannot hold of it, u(float64) * |mean|, is the last term of the bounds.
