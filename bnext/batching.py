@@ -206,7 +206,15 @@ def _batch_norm(info: Info, dims: tuple[Any, ...], *given: Any) -> _Result:
     call = _Call(torch.ops.bnext.batch_norm.default, dims, given, info.batch_size)
     if not call.count:
         return call.of_none()
-    written = _update_what_is_common(call)
+    return _forward(call, _update_what_is_common(call))
+
+
+def _batch_norm_no_update(info: Info, dims: tuple[Any, ...], *given: Any) -> _Result:
+    call = _Call(torch.ops.bnext.batch_norm_no_update.default, dims, given, info.batch_size)
+    return _forward(call, ()) if call.count else call.of_none()
+
+
+def _forward(call: _Call, written: tuple[str, ...]) -> _Result:
     residual, activation = call.given["residual"], call.given["activation"]
     keeps_mask = (
         call.given["for_backward"]
@@ -253,6 +261,7 @@ def register() -> None:
     """Makes torch.vmap and what is built on it (jacfwd, jacrev, hessian) take the operators."""
     for name, rule in {
         "batch_norm": _batch_norm,
+        "batch_norm_no_update": _batch_norm_no_update,
         "batch_norm_": _batch_norm_,
         "batch_norm_backward": _batch_norm_backward,
     }.items():

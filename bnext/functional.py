@@ -117,12 +117,7 @@ def batch_norm(
     if training and are_held():
         running_mean = running_var = num_batches_tracked = None
     compiling = torch.compiler.is_compiling()
-    if compiling and not training:
-        vectors = (running_mean, running_var, weight, bias)
-        follows = (residual, activation, activation_param)
-        output = None if inplace else by_torch(input, vectors, eps, _ndims, *follows)
-        if output is not None:
-            return output
+    if compiling and inplace and not training:
         running_mean, running_var = not_written(running_mean), not_written(running_var)
     arguments = (
         weight,
@@ -151,7 +146,31 @@ def batch_norm(
     output = None if compiling else _C.batch_norm(input, residual, *arguments)
     if output is None:
         _require_types(input, residual, *arguments)
-        output = torch.ops.bnext.batch_norm.default(input, residual, *arguments)[0]
+        vectors, follows = (running_mean, running_var, weight, bias), (residual, activation, activation_param)
+        state = (running_mean, running_var, num_batches_tracked)
+        if compiling and not training:
+            output = by_torch(input, vectors, eps, _ndims, *follows)
+        if compiling and output is None and (not training or state == (None, None, None)):
+            output = _without_update(input, vectors, training, eps, _ndims, *follows)
+        elif output is None:
+            output = torch.ops.bnext.batch_norm.default(input, residual, *arguments)[0]
+    return output
+
+
+def _without_update(
+    input: Tensor,
+    vectors: Sequence[Tensor | None],
+    training: bool,
+    eps: float,
+    ndims: Sequence[int],
+    residual: Tensor | None,
+    *activation: str | float | None,
+) -> Tensor:
+    """The operator that writes nothing, which a graph could not see of the other."""
+    running_mean, running_var, weight, bias = vectors
+    state = (weight, bias, running_mean, running_var)
+    operator = torch.ops.bnext.batch_norm_no_update.default
+    output: Tensor = operator(input, residual, *state, training, eps, ndims, *activation, False)[0]
     return output
 
 

@@ -42,9 +42,9 @@ def by_torch(
     """
     follows = (residual, activation, activation_param)
     given = [input, *(one for one in (residual, *vectors) if one is not None)]
-    if not all(isinstance(one, Tensor) for one in given) or _keeps_for_backward(given):
-        return None
-    if not (_is_taken(input, vectors, eps, ndims) and _is_followed(input, *follows)):
+    if _keeps_for_backward(given) or not (
+        _is_taken(input, vectors, eps, ndims) and _is_followed(input, *follows)
+    ):
         return None
     if input.dtype not in _HALF or (residual is None and activation in _SAME_AFTER_ROUNDING):
         return followed(_in_its_dtype(input, vectors, eps), *follows)
@@ -53,8 +53,8 @@ def by_torch(
 
 
 def not_written(running: Tensor | None) -> Tensor | None:
-    """A copy for our operator: a compiled graph takes what the schema lets it write as written, in eval too, and what
-    an earlier graph kept of it for backward as spoilt."""
+    """A copy for the operator in place: a compiled graph takes what the schema lets it write as written, in eval too,
+    and what an earlier graph kept of it for backward as spoilt."""
     return running.clone() if isinstance(running, Tensor) else running
 
 

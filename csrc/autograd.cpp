@@ -28,6 +28,34 @@ void check_differentiability(const at::Tensor& x, const OptionalTensor& running_
   }
 }
 
+// A forward that has an output of its own. below: the operator without autograd, of what it is to keep.
+template <class Below>
+ForwardResult differentiable(const at::Tensor& x, const OptionalTensor& residual,
+                             const OptionalTensor& weight, const OptionalTensor& bias, bool training,
+                             const SavedActivation& activation, bool for_backward, bool keeps_input,
+                             const Below& below) {
+  Held<BatchNormNode> node;
+  if (torch::autograd::compute_requires_grad(x, residual, weight, bias)) {
+    node = make_node<BatchNormNode>(x, residual, weight, bias, training, activation, /*from_output=*/false);
+  }
+  ForwardResult result;
+  {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    result = below(for_backward || node, node ? !node->format_of_x.has_value() : keeps_input);
+  }
+  const auto& [y, stats, mask] = result;
+  if (node) {
+    torch::autograd::set_history(y, node);
+    node->stats = SavedVariable(stats, /*is_output=*/false);
+    if (mask.sym_numel() != 0) node->mask = SavedVariable(mask, /*is_output=*/false);
+  }
+  if (any_tangent(x, residual, weight, bias)) {
+    y._set_fw_grad(forward_tangent(x, residual, weight, bias, stats, training, activation.spec), /*level=*/0,
+                   /*is_inplace_op=*/false);
+  }
+  return result;
+}
+
 }  // namespace
 
 ForwardResult batch_norm_autograd(const at::Tensor& x, const OptionalTensor& residual,
@@ -39,32 +67,32 @@ ForwardResult batch_norm_autograd(const at::Tensor& x, const OptionalTensor& res
                                   std::optional<double> activation_param, bool for_backward,
                                   bool skip_nonfinite, bool keeps_input) {
   check_differentiability(x, running_mean, running_var);
-  Held<BatchNormNode> node;
-  if (torch::autograd::compute_requires_grad(x, residual, weight, bias)) {
-    node = make_node<BatchNormNode>(x, residual, weight, bias, training,
-                                    SavedActivation(activation, activation_param), /*from_output=*/false);
-  }
-  ForwardResult result;
-  {
-    at::AutoDispatchBelowADInplaceOrView below;
-    result = forward_operator().call(x, residual, weight, bias, running_mean, running_var,
-                                     num_batches_tracked, training, momentum, eps, unbiased_running_var,
-                                     ndims, activation, activation_param, for_backward || node,
-                                     skip_nonfinite, node ? !node->format_of_x.has_value() : keeps_input);
-  }
-  const auto& [y, stats, mask] = result;
-  if (node) {
-    torch::autograd::set_history(y, node);
-    node->stats = SavedVariable(stats, /*is_output=*/false);
-    if (mask.sym_numel() != 0) node->mask = SavedVariable(mask, /*is_output=*/false);
-  }
-  if (any_tangent(x, residual, weight, bias)) {
-    y._set_fw_grad(forward_tangent(x, residual, weight, bias, stats, training,
-                                   require_activation(activation, activation_param)),
-                   /*level=*/0, /*is_inplace_op=*/false);
-  }
+  const ForwardResult result = differentiable(
+      x, residual, weight, bias, training, {activation, activation_param}, for_backward, keeps_input,
+      [&](bool kept_for_backward, bool input_kept) {
+        return forward_operator().call(x, residual, weight, bias, running_mean, running_var,
+                                       num_batches_tracked, training, momentum, eps, unbiased_running_var,
+                                       ndims, activation, activation_param, kept_for_backward, skip_nonfinite,
+                                       input_kept);
+      });
   if (training) bump_versions({running_mean, running_var, num_batches_tracked});
   return result;
+}
+
+ForwardResult batch_norm_no_update_autograd(const at::Tensor& x, const OptionalTensor& residual,
+                                            const OptionalTensor& weight, const OptionalTensor& bias,
+                                            const OptionalTensor& running_mean,
+                                            const OptionalTensor& running_var, bool training, double eps,
+                                            at::IntArrayRef ndims, ActivationName activation,
+                                            std::optional<double> activation_param, bool for_backward,
+                                            bool keeps_input) {
+  check_differentiability(x, running_mean, running_var);
+  return differentiable(x, residual, weight, bias, training, {activation, activation_param}, for_backward,
+                        keeps_input, [&](bool kept_for_backward, bool input_kept) {
+                          return no_update_operator().call(
+                              x, residual, weight, bias, running_mean, running_var, training, eps, ndims,
+                              activation, activation_param, kept_for_backward, input_kept);
+                        });
 }
 
 at::Tensor batch_norm_inplace_autograd(const at::Tensor& x, const OptionalTensor& weight,

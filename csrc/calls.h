@@ -95,6 +95,22 @@ ForwardResult batch_norm(const at::Tensor& x, const OptionalTensor& residual, co
                          keeps_input});
 }
 
+template <ForwardResult (*Implementation)(const ForwardCall&)>
+ForwardResult batch_norm_no_update(const at::Tensor& x, const OptionalTensor& residual,
+                                   const OptionalTensor& weight, const OptionalTensor& bias,
+                                   const OptionalTensor& running_mean, const OptionalTensor& running_var,
+                                   bool training, double eps, at::IntArrayRef ndims,
+                                   ActivationName activation, std::optional<double> activation_param,
+                                   bool for_backward, bool keeps_input) {
+  TORCH_CHECK(!training || !(present(running_mean) || present(running_var)),
+              "expected no running statistics in training, for nothing is updated");
+  const OptionalTensor counter;
+  return Implementation({x, residual, weight, bias, running_mean, running_var, counter, training,
+                         /*momentum=*/0.0, eps, /*unbiased_running_var=*/true, ndims,
+                         require_activation(activation, activation_param), for_backward,
+                         /*skip_nonfinite=*/false, keeps_input});
+}
+
 template <at::Tensor (*Implementation)(const ForwardCall&)>
 at::Tensor batch_norm_inplace(const at::Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias,
                               const OptionalTensor& running_mean, const OptionalTensor& running_var,

@@ -17,19 +17,19 @@ using torch::autograd::Variable;
 // float32.
 struct Likeness {
   at::ScalarType dtype = at::ScalarType::Undefined;
-  at::DimVector sizes;
+  std::optional<c10::SymDimVector> sizes;  // of another shape than (C,)
 
   explicit Likeness(const OptionalTensor& parameter) {
     if (!present(parameter)) return;
     dtype = parameter->scalar_type();
-    sizes = parameter->sizes();
+    if (parameter->dim() != 1) sizes = parameter->sym_sizes();
   }
   explicit operator bool() const { return dtype != at::ScalarType::Undefined; }
   at::Tensor of(at::Tensor grad) const {
     if (grad.scalar_type() != dtype) grad = grad.to(dtype);
     return shaped(std::move(grad));
   }
-  at::Tensor shaped(at::Tensor vector) const { return sizes.size() == 1 ? vector : vector.view(sizes); }
+  at::Tensor shaped(at::Tensor vector) const { return sizes ? vector.view_symint(*sizes) : vector; }
 };
 
 // Tensors of vmap, and what torch.func wraps.

@@ -35,7 +35,15 @@ TORCH_LIBRARY(bnext, m) {
       "bool unbiased_running_var, int[] ndims, str? activation, float? activation_param, bool for_backward, "
       "bool skip_nonfinite=False, bool keeps_input=True) -> (Tensor y, Tensor stats, Tensor mask)",
       {at::Tag::pt2_compliant_tag});
-  // The same over x, with an activation that has an inverse. for_backward: refuses what a backward could not
+  // The same where it writes nothing, and for graphs, which take what a schema may write as written: with the
+  // running statistics, or in training without any.
+  m.def(
+      "batch_norm_no_update(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor? running_mean, "
+      "Tensor? running_var, bool training, float eps, int[] ndims, str? activation, "
+      "float? activation_param, bool for_backward, bool keeps_input=True) -> (Tensor y, Tensor stats, Tensor "
+      "mask)",
+      {at::Tag::pt2_compliant_tag});
+  // batch_norm over x, with an activation that has an inverse. for_backward: refuses what a backward could not
   // recover x from.
   m.def(
       "batch_norm_(Tensor(d!) x, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, "
@@ -89,6 +97,7 @@ void implement_dense(torch::Library& m) {
   m.impl("grad_sums", bnext::grad_sums<bnext::grad_sums_dense>);
   m.impl("input_grad", bnext::input_grad<bnext::input_grad_dense>);
   m.impl("batch_norm", bnext::batch_norm<bnext::forward_dense>);
+  m.impl("batch_norm_no_update", bnext::batch_norm_no_update<bnext::forward_dense>);
   m.impl("batch_norm_", bnext::batch_norm_inplace<bnext::inplace_dense>);
   m.impl("batch_norm_backward", bnext::batch_norm_backward<bnext::backward_dense>);
 }
@@ -104,6 +113,7 @@ TORCH_LIBRARY_IMPL(bnext, Meta, m) {
   m.impl("grad_sums", bnext::grad_sums<bnext::grad_sums_meta>);
   m.impl("input_grad", bnext::input_grad<bnext::input_grad_meta>);
   m.impl("batch_norm", bnext::batch_norm<bnext::forward_meta>);
+  m.impl("batch_norm_no_update", bnext::batch_norm_no_update<bnext::forward_meta>);
   m.impl("batch_norm_", bnext::batch_norm_inplace<bnext::inplace_meta>);
   m.impl("batch_norm_backward", bnext::batch_norm_backward<bnext::backward_meta>);
 }
@@ -117,6 +127,7 @@ TORCH_LIBRARY_IMPL(bnext, Autograd, m) {
   for (const char* phase : {"moments", "normalize", "grad_sums", "input_grad"})
     m.impl(phase, torch::autograd::autogradNotImplementedFallback());
   m.impl("batch_norm", bnext::batch_norm_autograd);
+  m.impl("batch_norm_no_update", bnext::batch_norm_no_update_autograd);
   m.impl("batch_norm_", bnext::batch_norm_inplace_autograd);
   m.impl("batch_norm_backward", bnext::batch_norm_backward_autograd);
 }

@@ -35,6 +35,13 @@ const c10::TypedOperatorHandle<ForwardSignature>& forward_operator() {
   return op;
 }
 
+const c10::TypedOperatorHandle<NoUpdateSignature>& no_update_operator() {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("bnext::batch_norm_no_update", "")
+                             .typed<NoUpdateSignature>();
+  return op;
+}
+
 const c10::TypedOperatorHandle<InplaceSignature>& inplace_operator() {
   static const auto op =
       c10::Dispatcher::singleton().findSchemaOrThrow("bnext::batch_norm_", "").typed<InplaceSignature>();

@@ -27,6 +27,13 @@ using ForwardSignature = ForwardResult(const at::Tensor& x, const OptionalTensor
                                        at::IntArrayRef ndims, ActivationName activation,
                                        std::optional<double> activation_param, bool for_backward,
                                        bool skip_nonfinite, bool keeps_input);
+// Writes nothing.
+using NoUpdateSignature = ForwardResult(const at::Tensor& x, const OptionalTensor& residual,
+                                        const OptionalTensor& weight, const OptionalTensor& bias,
+                                        const OptionalTensor& running_mean, const OptionalTensor& running_var,
+                                        bool training, double eps, at::IntArrayRef ndims,
+                                        ActivationName activation, std::optional<double> activation_param,
+                                        bool for_backward, bool keeps_input);
 // Over x; returns stats.
 using InplaceSignature = at::Tensor(const at::Tensor& x, const OptionalTensor& weight,
                                     const OptionalTensor& bias, const OptionalTensor& running_mean,
@@ -44,11 +51,13 @@ using BackwardSignature = BackwardResult(const at::Tensor& dy, const at::Tensor&
                                          std::array<bool, 4> output_mask);
 
 ForwardSignature batch_norm_autograd;
+NoUpdateSignature batch_norm_no_update_autograd;
 InplaceSignature batch_norm_inplace_autograd;
 BackwardSignature batch_norm_backward_autograd;
 
 // The operators as the dispatcher calls them: every mode and every key on the tensors has its say.
 const c10::TypedOperatorHandle<ForwardSignature>& forward_operator();
+const c10::TypedOperatorHandle<NoUpdateSignature>& no_update_operator();
 const c10::TypedOperatorHandle<InplaceSignature>& inplace_operator();
 const c10::TypedOperatorHandle<BackwardSignature>& backward_operator();
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from problem import Problem
 
 FORWARD = torch.ops.bnext.batch_norm.default
+NO_UPDATE = torch.ops.bnext.batch_norm_no_update.default
 INPLACE = torch.ops.bnext.batch_norm_.default
 BACKWARD = torch.ops.bnext.batch_norm_backward.default
 PHASES = torch.ops.bnext
@@ -44,6 +45,12 @@ def forward_arguments(
         False,  # skip_nonfinite
         keeps_input,
     )
+
+
+def no_update_arguments(problem: Problem, for_backward: bool = False) -> tuple[Any, ...]:
+    x, residual, weight, bias, mean, var, _, training, _, eps, *_ = forward_arguments(problem)
+    last = [], problem.activation, problem.activation_param, for_backward
+    return x, residual, weight, bias, mean, var, training, eps, *last
 
 
 def inplace_arguments(problem: Problem) -> tuple[Any, ...]:

@@ -28,7 +28,7 @@ from cases import (
     Mode,
 )
 from composed import elementary
-from operators import BACKWARD, FORWARD, INPLACE, backward_arguments, forward_arguments
+from operators import BACKWARD, FORWARD, INPLACE, NO_UPDATE, backward_arguments, forward_arguments
 from problem import Problem, make
 
 OPCHECK_CASES = [
@@ -150,7 +150,7 @@ def test_schemas() -> None:
     assert not any(argument.is_write for argument in BACKWARD._schema.arguments)
     over = [argument.name for argument in INPLACE._schema.arguments if argument.is_write]
     assert over == ["x", *written]
-    for op in (FORWARD, INPLACE, BACKWARD):
+    for op in (FORWARD, NO_UPDATE, INPLACE, BACKWARD):
         assert torch.Tag.pt2_compliant_tag in op.tags
 
 
