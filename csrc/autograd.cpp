@@ -67,14 +67,14 @@ ForwardResult batch_norm_autograd(const at::Tensor& x, const OptionalTensor& res
                                   std::optional<double> activation_param, bool for_backward,
                                   bool skip_nonfinite, bool keeps_input) {
   check_differentiability(x, running_mean, running_var);
-  const ForwardResult result = differentiable(
-      x, residual, weight, bias, training, {activation, activation_param}, for_backward, keeps_input,
-      [&](bool kept_for_backward, bool input_kept) {
-        return forward_operator().call(x, residual, weight, bias, running_mean, running_var,
-                                       num_batches_tracked, training, momentum, eps, unbiased_running_var,
-                                       ndims, activation, activation_param, kept_for_backward, skip_nonfinite,
-                                       input_kept);
-      });
+  const ForwardResult result =
+      differentiable(x, residual, weight, bias, training, {activation, activation_param}, for_backward,
+                     keeps_input, [&](bool kept_for_backward, bool input_kept) {
+                       return forward_operator().call(
+                           x, residual, weight, bias, running_mean, running_var, num_batches_tracked,
+                           training, momentum, eps, unbiased_running_var, ndims, activation, activation_param,
+                           kept_for_backward, skip_nonfinite, input_kept);
+                     });
   if (training) bump_versions({running_mean, running_var, num_batches_tracked});
   return result;
 }
@@ -89,9 +89,9 @@ ForwardResult batch_norm_no_update_autograd(const at::Tensor& x, const OptionalT
   check_differentiability(x, running_mean, running_var);
   return differentiable(x, residual, weight, bias, training, {activation, activation_param}, for_backward,
                         keeps_input, [&](bool kept_for_backward, bool input_kept) {
-                          return no_update_operator().call(
-                              x, residual, weight, bias, running_mean, running_var, training, eps, ndims,
-                              activation, activation_param, kept_for_backward, input_kept);
+                          return no_update_operator().call(x, residual, weight, bias, running_mean,
+                                                           running_var, training, eps, ndims, activation,
+                                                           activation_param, kept_for_backward, input_kept);
                         });
 }
 

@@ -43,8 +43,8 @@ TORCH_LIBRARY(bnext, m) {
       "float? activation_param, bool for_backward, bool keeps_input=True) -> (Tensor y, Tensor stats, Tensor "
       "mask)",
       {at::Tag::pt2_compliant_tag});
-  // batch_norm over x, with an activation that has an inverse. for_backward: refuses what a backward could not
-  // recover x from.
+  // batch_norm over x, with an activation that has an inverse. for_backward: refuses what a backward could
+  // not recover x from.
   m.def(
       "batch_norm_(Tensor(d!) x, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, "
       "Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, bool training, float? momentum, float eps, "
