@@ -35,8 +35,8 @@ TORCH_LIBRARY(bnext, m) {
       "bool unbiased_running_var, int[] ndims, str? activation, float? activation_param, bool for_backward, "
       "bool skip_nonfinite=False, bool keeps_input=True) -> (Tensor y, Tensor stats, Tensor mask)",
       {at::Tag::pt2_compliant_tag});
-  // The same where it writes nothing, and for graphs, which take what a schema may write as written: with the
-  // running statistics, or in training without any.
+  // The same where it writes nothing, with the running statistics or in training without any: for graphs,
+  // which take what a schema may write as written.
   m.def(
       "batch_norm_no_update(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor? running_mean, "
       "Tensor? running_var, bool training, float eps, int[] ndims, str? activation, "
