@@ -92,9 +92,10 @@ struct Plan {
   bool fetches_first = false;  // reducers fetch into the L1 cache, not only into L2
   bool next_fits = false;      // two slabs fit the private cache: one is fetched while the other is mapped
   bool streaming_stores = false;
-  int64_t cache_bytes = 0;    // what one slab wants to keep in cache
-  int64_t bytes_moved = 0;    // to and from memory, as scheduled
-  int64_t bytes_minimum = 0;  // every tensor once
+  bool dresidual_first = false;  // is streamed while sums are taken, not with dx
+  int64_t cache_bytes = 0;       // what one slab wants to keep in cache
+  int64_t bytes_moved = 0;       // to and from memory, as scheduled
+  int64_t bytes_minimum = 0;     // every tensor once
 };
 
 Plan make_plan(const Problem& problem, const Machine& machine);

@@ -168,6 +168,7 @@ void bind_plans(py::module_& m) {
       .def_readonly("threads", &Plan::threads)
       .def_readonly("beyond_cache", &Plan::beyond_cache)
       .def_readonly("streaming_stores", &Plan::streaming_stores)
+      .def_readonly("dresidual_first", &Plan::dresidual_first)
       .def_readonly("cache_bytes", &Plan::cache_bytes)
       .def_readonly("bytes_moved", &Plan::bytes_moved)
       .def_readonly("bytes_minimum", &Plan::bytes_minimum)

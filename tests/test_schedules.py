@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 import bnext
+from bits import assert_same_bits
 from bnext.functional import batch_norm
 from cases import BFLOAT16_WITH_FLOAT32, FLOAT32, FLOAT64, LAYOUT, Dtypes
 from problem import Problem
@@ -256,3 +257,30 @@ def test_no_thread_is_left_idle_for_a_last_slab(images: int, channels: int, sche
     plan = bnext.plan(shape, threads=2)
     assert plan.schedule == schedule and (plan.chunks > 1 or schedule == "fused")
     assert bnext.plan(shape, threads=1).schedule == "fused"
+
+
+@pytest.mark.parametrize("dtypes", [FLOAT32, BFLOAT16_WITH_FLOAT32], ids=str)
+@pytest.mark.parametrize(
+    ("plane", "active"), [(PLANES[0], "silu"), *((plane, "relu") for plane in PLANES)], ids=str
+)
+@pytest.mark.parametrize("layout", ["nchw", "nhwc"])
+def test_a_residuals_gradient_goes_out_while_sums_are_taken(
+    layout: str, plane: tuple[int, int, int], active: str, dtypes: Dtypes
+) -> None:
+    """Where results are streamed: the others have the bits that they have without it, and it that of dy's path."""
+    shape = (LARGE_BYTES // (math.prod(plane) * dtypes.input.itemsize), *plane)
+    arranged = LAYOUT[layout].arrange
+    generator = torch.Generator().manual_seed(10)
+    x, residual, dy = (arranged(torch.randn(shape, generator=generator).to(dtypes.input)) for _ in range(3))
+    plan = bnext.plan(x, backward=True, residual=True, activation=active)
+    in_lines = layout == "nhwc" or (dtypes is FLOAT32 and plane[1] * plane[2] * x.itemsize % 64 == 0)
+    assert plan.dresidual_first == (plan.streaming_stores and in_lines)
+    layer = bnext.BatchNorm2d(plane[0], activation=active, dtype=dtypes.parameters)
+    torch.nn.init.uniform_(layer.weight, 0.5, 2)
+    y = layer(x.requires_grad_(), residual.requires_grad_())
+    others = (x, layer.weight, layer.bias)
+    *results, dresidual = torch.autograd.grad(y, (*others, residual), dy, retain_graph=True)
+    assert_same_bits(results, torch.autograd.grad(y, others, dy, retain_graph=True))
+    assert_same_bits([dresidual], torch.autograd.grad(y, (residual,), dy))
+    if active == "relu":
+        assert torch.equal(dresidual, torch.where(y > 0, dy, 0))

@@ -59,6 +59,7 @@ struct BackwardWork {
     } else {
       if (sums_wanted) reduce = find(Phase::grad_sums);
       if (args.dx != nullptr) map = find(args.batch_statistics ? Phase::input_grad : Phase::scale);
+      operands.dresidual_first = plan.dresidual_first && operands.streaming_stores;
     }
   }
 

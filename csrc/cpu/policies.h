@@ -72,11 +72,11 @@ struct Gradient {
   T* dresidual;
   Slope slope;
 
-  explicit Gradient(const Operands& operands)
+  Gradient(const Operands& operands, bool writes_residual)
       : x(static_cast<const T*>(operands.x)),
         dy(static_cast<const T*>(operands.dy)),
         dx(static_cast<T*>(operands.out)),
-        dresidual(static_cast<T*>(operands.dresidual)),
+        dresidual(writes_residual ? static_cast<T*>(operands.dresidual) : nullptr),
         slope(operands) {}
 
   template <Cache C = Cache::l2>
@@ -103,6 +103,10 @@ struct Gradient {
   BNEXT_INLINE void store(int64_t offset, const Lanes<Math>& gradient, const Lanes<Math>& dz,
                           Span span) const {
     span.store_lanes(dx + offset, gradient);
+    store_residual(offset, dz, span);
+  }
+  template <class Span>
+  BNEXT_INLINE void store_residual(int64_t offset, const Lanes<Math>& dz, Span span) const {
     if constexpr (Slope::kResidual) {
       if (dresidual != nullptr) span.store_lanes(dresidual + offset, dz);
     }
@@ -118,7 +122,8 @@ struct GradSumsReducer {
   static constexpr int kScale = Slope::kFromInput ? 3 : 1, kCoefficients = kScale + Writes;
   Gradient<T, Slope> gradient;
 
-  explicit GradSumsReducer(const Operands& operands) : gradient(operands) {}
+  explicit GradSumsReducer(const Operands& operands)
+      : gradient(operands, Writes || operands.dresidual_first) {}
   int reads() const { return 2 + gradient.slope.reads(); }
 
   BNEXT_INLINE static Math coefficient(const Operands& operands, int k, int64_t channel) {
@@ -138,6 +143,8 @@ struct GradSumsReducer {
     gradient.load(dz, value, offset, c.k, span);
     if constexpr (Writes) {
       gradient.store(offset, fixed_input_grad(dz, c.k[kScale]), dz, span);
+    } else {
+      gradient.store_residual(offset, dz, span);
     }
     dz = span.template keep<T>(dz);
     const Lanes<Math> d = span.template keep<T>(value - c.k[0]);
@@ -195,7 +202,7 @@ struct InputGradMap {
   static constexpr int kRest = Slope::kFromInput ? 4 : 2, kCoefficients = kRest + 2;
   Gradient<T, Slope> gradient;
 
-  explicit InputGradMap(const Operands& operands) : gradient(operands) {}
+  explicit InputGradMap(const Operands& operands) : gradient(operands, !operands.dresidual_first) {}
 
   BNEXT_INLINE void fetch_at(int64_t reduced, int64_t) const { gradient.fetch_at(reduced); }
 

@@ -46,7 +46,7 @@ struct First {
 };
 
 // The n elements that are left of sixteen or more, of reducers alone: the sixteen that end with them, most of
-// which were seen before. What a reducer writes (dx) it writes once more.
+// which were seen before. What a reducer writes it writes once more.
 struct Last {
   int64_t n;
 

@@ -37,6 +37,7 @@ struct Operands {
   void* dresidual = nullptr;
   bool from_output = false;  // x is the output
   bool streaming_stores = false;
+  bool dresidual_first = false;    // is written where sums are taken, not with dx
   bool fetches = false;            // ahead of what is read; where it is in cache, that costs up to a quarter
   bool fetches_first = false;      // reducers into the L1 cache
   const double* center = nullptr;  // per channel: what reducers subtract from x
