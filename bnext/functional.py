@@ -146,31 +146,17 @@ def batch_norm(
     output = None if compiling else _C.batch_norm(input, residual, *arguments)
     if output is None:
         _require_types(input, residual, *arguments)
-        vectors, follows = (running_mean, running_var, weight, bias), (residual, activation, activation_param)
-        state = (running_mean, running_var, num_batches_tracked)
         if compiling and not training:
-            output = by_torch(input, vectors, eps, _ndims, *follows)
-        if compiling and output is None and (not training or state == (None, None, None)):
-            output = _without_update(input, vectors, training, eps, _ndims, *follows)
+            vectors = (running_mean, running_var, weight, bias)
+            output = by_torch(input, vectors, eps, _ndims, residual, activation, activation_param)
+        state = (running_mean, running_var, num_batches_tracked)
+        writes = training and any(one is not None for one in state)
+        if output is None and compiling and not writes:  # which a graph could not see of the other operator
+            same = (input, residual, weight, bias, running_mean, running_var, training, eps, _ndims)
+            operator = torch.ops.bnext.batch_norm_no_update.default
+            output = operator(*same, activation, activation_param, False)[0]
         elif output is None:
             output = torch.ops.bnext.batch_norm.default(input, residual, *arguments)[0]
-    return output
-
-
-def _without_update(
-    input: Tensor,
-    vectors: Sequence[Tensor | None],
-    training: bool,
-    eps: float,
-    ndims: Sequence[int],
-    residual: Tensor | None,
-    *activation: str | float | None,
-) -> Tensor:
-    """The operator that writes nothing, which a graph could not see of the other."""
-    running_mean, running_var, weight, bias = vectors
-    state = (weight, bias, running_mean, running_var)
-    operator = torch.ops.bnext.batch_norm_no_update.default
-    output: Tensor = operator(input, residual, *state, training, eps, ndims, *activation, False)[0]
     return output
 
 
